@@ -15777,7 +15777,7 @@ enum {
     LLM__ROWS = LLM__STRIP_MOST,   /* activation rows multiplied with a group of tiles while it is in the cache   */
     LLM__TILES = 4,         /* tiles in such a group                                                               */
     LLM__SPLIT_ROWS = 8,    /* rows of a sequence whose attention may be split over the keys                       */
-    LLM__PART_ROWS = 128,   /* min rows of a part of a panel product, see llm__fwd_row_parts                       */
+    LLM__PART_ROWS = 128,   /* min rows of a part of a panel product, see llm__fwd_route                            */
     LLM__MESSAGE_HEAD = 16, /* floats before the rows in a message to the next stage; the first is 1 for a stop    */
     LLM__SCORED_ROWS = 128  /* rows whose logits for LLM__COLUMNS tokens are computed at once; a multiple of 16    */
 };
@@ -15786,6 +15786,25 @@ enum {
 typedef struct llm__fwd_queries {
     int first, n;
 } llm__fwd_queries;
+
+/* How rows are computed. This follows from their number and from whether the matrix has panels. */
+typedef struct llm__fwd_route {
+    bool panels; /* the rows are packed and multiplied in panels */
+    int step;    /* rows in a piece of the work that prepares them: for panels up to 16, if all threads get some */
+    /* Into how many parts a product cuts them. Panels: at most one part a thread, each of LLM__PART_ROWS or more. Each
+       thread then reads all weights, but its activations and outputs stay in its cache. Otherwise parts of LLM__ROWS.
+       All of these use a group of tiles before the next group is loaded. */
+    int n_parts;
+} llm__fwd_route;
+
+/* Rows of a pass that are computed together. Their routes are chosen once a pass. */
+typedef struct llm__fwd_batch {
+    int n;
+    const int *rows; /* their numbers in the pass */
+    llm__fwd_queries *queries;
+    int n_queries;
+    llm__fwd_route routes[2]; /* for matrices without and with panels */
+} llm__fwd_batch;
 
 /* The activations of a product. Many bf16 rows are multiplied in panels, from `packed`. The step that computes such
    rows packs them directly if it can, and then `x` is not written. Each thread prepares a single row for itself, which
@@ -15822,11 +15841,10 @@ typedef struct llm__cpu_context {
     int panel_rows; /* min rows of a product in panels */
     uint8_t *tiles; /* [n_threads][tile_bytes] weights unpacked to bf16, or attention's queries and softmax weights */
     size_t panel_floats, tile_bytes;
-    float *logits;                                /* [n_logits][n_vocab] */
-    float *column_max, *column_sum;               /* [n_batch][n_vocab / LLM__COLUMNS] of a softmax in parts */
-    int *all_rows;                                /* 0, 1, 2 ... */
-    llm__fwd_queries *all_queries, *last_queries; /* of all rows; of the rows that need logits */
-    int n_all_queries, n_last_queries;
+    float *logits;                  /* [n_logits][n_vocab] */
+    float *column_max, *column_sum; /* [n_batch][n_vocab / LLM__COLUMNS] of a softmax in parts */
+    int *all_rows;                  /* 0, 1, 2 ... */
+    llm__fwd_batch all, kept;       /* all rows; the rows that need logits */
     const llm_backend_pass *pass;
     llm_backend_pass
         own_pass; /* `pass` points to it: a callback may leave llm_forward while the other threads still read it */
@@ -15858,10 +15876,18 @@ static uint8_t *llm__cache_block(const llm__cpu_context *c, int layer, int value
     return llm__cache_plane(c, (layer * c->model->shape.n_kv_heads + head) * 2 + value, block);
 }
 
-/* Is a product of this number of rows computed in panels? */
-static bool llm__fwd_in_panels(const llm__cpu_context *c, const llm__matrix *m, int rows) {
-    return c->panels && m->panels && rows >= c->panel_rows;
+static const llm__fwd_route *llm__fwd_route_of(const llm__fwd_batch *rows, const llm__matrix *m) {
+    return &rows->routes[m->panels];
 }
+
+/* y = W x, y += W x, or y = silu(gate) * up for rows x. */
+typedef struct llm__fwd_product {
+    const llm__matrix *m;
+    const llm__fwd_rows *in;
+    llm__kernel_ending ending;
+    float *y;
+    size_t y_stride;
+} llm__fwd_product;
 
 /* Multiplies `rows` rows from `row` on by n_tiles tiles and adds the results to sums[rows][stride]. */
 static void llm__fwd_tile_sums(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles,
@@ -15890,43 +15916,36 @@ static void llm__fwd_end_row(const llm__cpu_context *c, const llm__matrix *m, in
 }
 
 /* Multiplies `rows` rows from `row` on (at most LLM__ROWS) by n_tiles tiles (at most LLM__TILES). */
-static void llm__linear_piece(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles,
-                              const llm__fwd_rows *in, int row, int rows, llm__kernel_ending ending, float *y,
-                              size_t y_stride) {
+static void llm__linear_piece(const llm__cpu_context *c, const llm__fwd_product *p, int tile, int n_tiles, int row,
+                              int rows) {
     float sums[LLM__ROWS][16 * LLM__TILES] __attribute__((aligned(64)));
     memset(sums, 0, (size_t)rows * sizeof *sums);
-    llm__fwd_tile_sums(c, m, tile, n_tiles, in, row, rows, sums[0], 16 * LLM__TILES);
+    llm__fwd_tile_sums(c, p->m, tile, n_tiles, p->in, row, rows, sums[0], 16 * LLM__TILES);
     for (int r = 0; r < rows; r++)
-        llm__fwd_end_row(c, m, tile, n_tiles, sums[r], ending, y + (size_t)(row + r) * y_stride);
+        llm__fwd_end_row(c, p->m, tile, n_tiles, sums[r], p->ending, p->y + (size_t)(row + r) * p->y_stride);
 }
 
 static llm__kernel_lines llm__fwd_lines_of(const llm__cpu_context *c, const llm__fwd_rows *rows, size_t r) {
     return llm__kernel_packed_row(c->model->kernels->line_step, rows->packed, rows->stride, r);
 }
 
-/* Rows of a piece of work that prepares rows. For panels a piece has up to 16 rows, if all threads get some. */
-static int llm__fwd_row_step(const llm__cpu_context *c, const llm__matrix *m, int rows) {
-    int share = (rows + c->team->n - 1) / c->team->n;
-    return !llm__fwd_in_panels(c, m, rows) ? 1 : share < 16 ? share : 16;
-}
-
 /* Prepares rows for a product with m: quantises them to integers if weights are in groups, or packs them for panels,
    unless they are `packed` already. This is a phase if there is work and more than one row. With one row, each thread
    quantises it for itself. Returns the rows that this thread uses. */
 static llm__fwd_rows llm__fwd_prepare_rows(llm__team_worker *w, const llm__cpu_context *c, const llm__matrix *m,
-                                           const llm__fwd_rows *in, int rows, bool packed) {
+                                           const llm__fwd_rows *in, const llm__fwd_batch *rows, bool packed) {
     const llm__kernels *kernels = c->model->kernels;
-    bool panels = llm__fwd_in_panels(c, m, rows);
-    int step = llm__fwd_row_step(c, m, rows), n_pieces = (rows + step - 1) / step, k = (int)in->stride;
+    const llm__fwd_route *route = llm__fwd_route_of(rows, m);
+    int step = route->step, n_pieces = (rows->n + step - 1) / step, k = (int)in->stride;
     llm__fwd_rows own = *in;
-    if (!m->groups && (packed || !panels)) return own;
-    if (rows == 1) {
+    if (!m->groups && (packed || !route->panels)) return own;
+    if (rows->n == 1) {
         own.lines += w->index * (k / 32);
         kernels->quantize(own.x, k, own.lines);
         return own;
     }
     for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;)
-        for (int r = piece * step; r < rows && r < (piece + 1) * step; r++) {
+        for (int r = piece * step; r < rows->n && r < (piece + 1) * step; r++) {
             const float *x = in->x + (size_t)r * in->stride;
             if (m->groups) kernels->quantize(x, k, in->lines + (size_t)r * (size_t)(k / 32));
             else kernels->pack_scale(x, 1, k, k, llm__fwd_lines_of(c, in, (size_t)r), 0);
@@ -15936,10 +15955,10 @@ static llm__fwd_rows llm__fwd_prepare_rows(llm__team_worker *w, const llm__cpu_c
 }
 
 /* Multiplies the rows from `row` to `end` by the tiles of a panel. */
-static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__matrix *m, int tile, int n_tiles,
-                              const llm__fwd_rows *in, int row, int end, llm__kernel_ending ending, float *y,
-                              size_t y_stride) {
-    const llm__fwd_rows *ffn = &c->ffn;
+static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__fwd_product *product, int tile,
+                              int n_tiles, int row, int end) {
+    const llm__matrix *m = product->m;
+    const llm__fwd_rows *in = product->in, *ffn = &c->ffn;
     llm__kernel_panel p;
     int next = tile + n_tiles;
     p.line_step = c->model->kernels->line_step;
@@ -15949,8 +15968,8 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
     p.ahead = next * 16 < m->n ? llm__matrix_tiles(m, next, 1).at : NULL;
     p.tile_bytes = m->tile_bytes;
     p.n_tiles = n_tiles;
-    p.ending = ending;
-    p.y_stride = y_stride;
+    p.ending = product->ending;
+    p.y_stride = product->y_stride;
     p.width = m->n - tile * 16;
     p.packed_k = ffn->stride;
     p.column = c->model->ff.first + tile * 8;
@@ -15959,7 +15978,7 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__m
     for (int first = row; first < end; first += LLM__PANEL_ROWS) {
         p.n_rows = end - first < LLM__PANEL_ROWS ? end - first : (int)LLM__PANEL_ROWS;
         p.a = in->packed + (size_t)first * in->stride * 2;
-        p.y = ending == LLM__SWIGLU ? NULL : y + (size_t)first * y_stride + tile * 16;
+        p.y = p.ending == LLM__SWIGLU ? NULL : product->y + (size_t)first * p.y_stride + tile * 16;
         p.packed = ffn->packed + (size_t)first * ffn->stride * 2;
         c->model->kernels->panel(&p);
     }
@@ -15990,16 +16009,7 @@ static void llm__fwd_add_squares(const llm__team_worker *w, const llm__cpu_conte
     }
 }
 
-/* Into how many parts the rows of a product are cut. Panels: at most one part a thread, each of LLM__PART_ROWS or more.
-   Each thread then reads all weights, but its activations and outputs stay in its cache. Otherwise parts of LLM__ROWS.
-   All of these use a group of tiles before the next group is loaded. */
-static int llm__fwd_row_parts(const llm__cpu_context *c, const llm__matrix *m, int rows) {
-    if (!llm__fwd_in_panels(c, m, rows)) return (rows + LLM__ROWS - 1) / LLM__ROWS;
-    int most = rows / LLM__PART_ROWS;
-    return most < 1 ? 1 : most < c->team->n ? most : c->team->n;
-}
-
-/* The first row of a part. Groups of 16 rows are not divided, see llm__fwd_row_step. */
+/* The first row of a part. Groups of 16 rows are not divided, see llm__fwd_prepare_rows. */
 static int llm__fwd_part_row(int rows, int part, int n_parts) {
     return part == n_parts ? rows : (int)((int64_t)((rows + 15) / 16) * part / n_parts) * 16;
 }
@@ -16015,19 +16025,21 @@ static int llm__fwd_piece_tiles(const llm__cpu_context *c, int n_tiles, int n_pa
 /* y = W x, y += W x, or y = silu(gate) * up for all rows. The rows must be prepared, see llm__fwd_prepare_rows. With
    panels, SwiGLU writes packed rows to c->ffn instead of y. One phase. */
 static void llm__linear(llm__team_worker *w, const llm__cpu_context *c, const llm__matrix *m, const llm__fwd_rows *in,
-                        int rows, llm__kernel_ending ending, float *y, size_t y_stride) {
-    bool panels = llm__fwd_in_panels(c, m, rows);
-    int n_parts = llm__fwd_row_parts(c, m, rows), n_tiles = llm__math_round_up(m->n, 16) / 16,
+                        const llm__fwd_batch *batch, llm__kernel_ending ending, float *y, size_t y_stride) {
+    const llm__fwd_product p = {m, in, ending, y, y_stride};
+    const llm__fwd_route *route = llm__fwd_route_of(batch, m);
+    bool panels = route->panels;
+    int rows = batch->n, n_parts = route->n_parts, n_tiles = llm__math_round_up(m->n, 16) / 16,
         step = llm__fwd_piece_tiles(c, n_tiles, n_parts, panels), n_columns = (n_tiles + step - 1) / step;
     for (int piece; (piece = llm__team_take(w, n_parts * n_columns)) >= 0;) {
         int column = panels ? piece % n_columns : piece / n_parts, part = panels ? piece / n_columns : piece % n_parts,
             first = column * step, n = n_tiles - first < step ? n_tiles - first : step;
         if (panels) {
-            llm__linear_panel(c, w->index, m, first, n, in, llm__fwd_part_row(rows, part, n_parts),
-                              llm__fwd_part_row(rows, part + 1, n_parts), ending, y, y_stride);
+            llm__linear_panel(c, w->index, &p, first, n, llm__fwd_part_row(rows, part, n_parts),
+                              llm__fwd_part_row(rows, part + 1, n_parts));
         } else {
             int row = part * LLM__ROWS, some = rows - row < LLM__ROWS ? rows - row : (int)LLM__ROWS;
-            llm__linear_piece(c, m, first, n, in, row, some, ending, y, y_stride);
+            llm__linear_piece(c, &p, first, n, row, some);
         }
     }
     llm__team_finish(w);
@@ -16112,9 +16124,10 @@ static void llm__fwd_pack_norms(const llm__cpu_context *c, const float *weight, 
    rows for the head are also stored unpacked, because llm__fwd_log_prob needs single rows. Returns the rows that this
    thread uses. */
 static llm__fwd_rows llm__fwd_norm_rows(llm__team_worker *w, const llm__cpu_context *c, const float *weight,
-                                        const llm__matrix *m, int rows) {
-    bool panels = llm__fwd_in_panels(c, m, rows), both = m == &c->model->head && c->pass->n_targets;
-    int step = llm__fwd_row_step(c, m, rows), n_pieces = (rows + step - 1) / step;
+                                        const llm__matrix *m, const llm__fwd_batch *batch) {
+    const llm__fwd_route *route = llm__fwd_route_of(batch, m);
+    bool panels = route->panels, both = m == &c->model->head && c->pass->n_targets;
+    int rows = batch->n, step = route->step, n_pieces = (rows + step - 1) / step;
     llm__fwd_rows own = c->normed;
     if (rows == 1 && !both) {
         llm__fwd_norm_row(c, weight, m, 0, w->index);
@@ -16298,7 +16311,7 @@ static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int
 
 /* The same for all heads of all rows. One phase. With a single row, the heads are divided between the threads. */
 static void llm__rope_rows(llm__team_worker *w, const llm__cpu_context *c, int layer, bool queries) {
-    int rows = c->pass->n_rows, step = llm__fwd_row_step(c, &c->model->layers[layer].qkv, rows),
+    int rows = c->pass->n_rows, step = llm__fwd_route_of(&c->all, &c->model->layers[layer].qkv)->step,
         n_heads = c->model->shape.n_kv_heads, n_shares = rows == 1 ? n_heads : 1,
         n_pieces = (rows + step - 1) / step * n_shares;
     for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;) {
@@ -16315,7 +16328,8 @@ typedef struct llm__attn_work {
     int layer, head, n, padded; /* padded: the number of rows in q and scores                              */
     int first_head, group;      /* the first query head, and the number of query heads                     */
     const int *rows;            /* rows[i / group] is query i's row of the pass                            */
-    int first_row, n_rows;      /* the first row in c->qkv and c->attention; the number of rows there      */
+    int first_row;              /* the first row in c->qkv and c->attention                                */
+    bool packs;                 /* the results are packed, see llm__attn_packs                             */
     const int *blocks;          /* the sequence's table of cache blocks                                    */
     float *q, *scores;          /* [padded][head_stride], [padded][LLM__SCORES]                            */
     uint8_t *packed;            /* queries, then softmax weights; NULL if there are too few to pack        */
@@ -16464,9 +16478,16 @@ static void llm__attn_join_chunk(const llm__cpu_context *c, const llm__attn_work
                              part + r * stride, c->head_stride);
 }
 
+/* Is each head packed as soon as it is computed? Its length must be a multiple of half a line. With ranks it must be a
+   multiple of a line, because they exchange whole lines. */
+static bool llm__attn_packs(const llm__cpu_context *c, int layer, const llm__fwd_batch *rows) {
+    return llm__fwd_route_of(rows, &c->model->layers[layer].attention_out)->panels &&
+           c->model->shape.head_dim % (c->desc.tensor ? 32 : 16) == 0;
+}
+
 /* Sets up a piece of attention in a thread's scratch memory, which holds q, the scores and two partial results. Returns
    the first partial result. */
-static float *llm__attn_start(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
+static float *llm__attn_start(const llm__cpu_context *c, int index, int layer, int head, const llm__fwd_batch *batch,
                               llm__fwd_queries queries, llm__attn_work *a) {
     const llm_backend_range shared = llm__attn_head_queries(c->model, head);
     size_t stride = (size_t)c->head_stride;
@@ -16476,9 +16497,9 @@ static float *llm__attn_start(const llm__cpu_context *c, int index, int layer, i
     a->group = shared.n;
     a->n = queries.n * a->group;
     a->padded = llm__attn_padded_queries(a->n);
-    a->rows = rows + queries.first;
+    a->rows = batch->rows + queries.first;
     a->first_row = queries.first;
-    a->n_rows = rows == c->all_rows ? c->pass->n_rows : c->pass->n_logits;
+    a->packs = llm__attn_packs(c, layer, batch);
     a->blocks = c->pass->blocks + (size_t)c->pass->seqs[a->rows[0]] * (size_t)c->pass->blocks_per_seq;
     a->q = c->scratch + (size_t)index * c->scratch_floats;
     a->scores = a->q + (size_t)a->padded * stride;
@@ -16503,34 +16524,26 @@ static void llm__attn_gather_queries(const llm__cpu_context *c, int index, llm__
     }
 }
 
-/* Can each head be packed as soon as it is computed? Its length must be a multiple of half a line. With ranks it must
-   be a multiple of a line, because they exchange whole lines. */
-static bool llm__attn_packs_heads(const llm__cpu_context *c) {
-    return c->model->shape.head_dim % (c->desc.tensor ? 32 : 16) == 0;
-}
-
 static void llm__attn_end(const llm__cpu_context *c, const llm__attn_work *a, const float *known) {
     const llm__kernels *kernels = c->model->kernels;
     const llm__fwd_rows *out = &c->attention;
     size_t stride = (size_t)c->head_stride;
     const float *sums = known + (size_t)a->padded * (stride + 1);
     int n = c->model->shape.head_dim;
-    bool packs =
-        llm__fwd_in_panels(c, &c->model->layers[a->layer].attention_out, a->n_rows) && llm__attn_packs_heads(c);
     for (int i = 0; i < a->n; i++) {
         size_t row = (size_t)(a->first_row + i / a->group);
         const float *from = known + (size_t)i * stride;
         int column = (c->model->heads.first + a->first_head + i % a->group) * n;
-        if (packs) kernels->pack_scale(from, 1.0f / sums[i], n, n, llm__fwd_lines_of(c, out, row), column);
+        if (a->packs) kernels->pack_scale(from, 1.0f / sums[i], n, n, llm__fwd_lines_of(c, out, row), column);
         else kernels->scale(from, 1.0f / sums[i], n, c->round, out->x + row * out->stride + column);
     }
 }
 
 /* A whole piece of attention: all chunks of keys, in order. */
-static void llm__attn_run(const llm__cpu_context *c, int index, int layer, int head, const int *rows,
+static void llm__attn_run(const llm__cpu_context *c, int index, int layer, int head, const llm__fwd_batch *batch,
                           llm__fwd_queries queries) {
     llm__attn_work a;
-    float *part = llm__attn_start(c, index, layer, head, rows, queries, &a),
+    float *part = llm__attn_start(c, index, layer, head, batch, queries, &a),
           *known = part + llm__attn_partial_floats(c, a.padded);
     llm__attn_gather_queries(c, index, &a);
     for (int first = llm__attn_first_chunk(c, &a); first < llm__attn_end_of_keys(c, &a); first += LLM__CHUNK) {
@@ -16541,13 +16554,13 @@ static void llm__attn_run(const llm__cpu_context *c, int index, int layer, int h
 }
 
 /* If there are too few pieces for the threads, each chunk of keys is a piece. A second phase merges the chunks. */
-static void llm__attn_split(llm__team_worker *w, const llm__cpu_context *c, int layer, const int *rows,
-                            const llm__fwd_queries *queries, int n_pieces, int n_chunks) {
-    int n_heads = c->model->shape.n_kv_heads, index = w->index;
+static void llm__attn_split(llm__team_worker *w, const llm__cpu_context *c, int layer, const llm__fwd_batch *batch,
+                            int n_chunks) {
+    int n_heads = c->model->shape.n_kv_heads, n_pieces = batch->n_queries * n_heads, index = w->index;
     llm__attn_work a;
     for (int piece; (piece = llm__team_take(w, n_pieces * n_chunks)) >= 0;) {
-        const llm__fwd_queries q = queries[piece % n_pieces / n_heads];
-        llm__attn_start(c, index, layer, piece % n_pieces % n_heads, rows, q, &a);
+        const llm__fwd_queries q = batch->queries[piece % n_pieces / n_heads];
+        llm__attn_start(c, index, layer, piece % n_pieces % n_heads, batch, q, &a);
         int first = llm__attn_first_chunk(c, &a) + piece / n_pieces * LLM__CHUNK;
         if (first >= llm__attn_end_of_keys(c, &a)) continue;
         llm__attn_gather_queries(c, index, &a);
@@ -16555,7 +16568,7 @@ static void llm__attn_split(llm__team_worker *w, const llm__cpu_context *c, int 
     }
     llm__team_finish(w);
     for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;) {
-        float *known = llm__attn_start(c, index, layer, piece % n_heads, rows, queries[piece / n_heads], &a);
+        float *known = llm__attn_start(c, index, layer, piece % n_heads, batch, batch->queries[piece / n_heads], &a);
         const float *part = c->partials + (size_t)piece * c->partial_floats;
         for (int first = llm__attn_first_chunk(c, &a); first < llm__attn_end_of_keys(c, &a);
              first += LLM__CHUNK, part += (size_t)n_pieces * c->partial_floats)
@@ -16567,14 +16580,14 @@ static void llm__attn_split(llm__team_worker *w, const llm__cpu_context *c, int 
 
 /* Into how many chunks of keys to split attention, or 0 to leave it whole. It is split if there are too few pieces for
    the threads and if the partial results fit. */
-static int llm__attn_count_chunks(const llm__cpu_context *c, const int *rows, const llm__fwd_queries *queries,
-                                  int n_queries) {
+static int llm__attn_count_chunks(const llm__cpu_context *c, const llm__fwd_batch *batch) {
     const llm_backend_shape *s = &c->model->shape;
-    int most = 0, n_pieces = n_queries * s->n_kv_heads, n_rows = 0;
+    const llm__fwd_queries *queries = batch->queries;
+    int most = 0, n_pieces = batch->n_queries * s->n_kv_heads, n_rows = 0;
     if (c->team->n == 1 || n_pieces >= 4 * c->team->n) return 0;
-    for (int i = 0; i < n_queries; i++) {
-        int from = c->pass->positions[rows[queries[i].first]],
-            to = c->pass->positions[rows[queries[i].first + queries[i].n - 1]];
+    for (int i = 0; i < batch->n_queries; i++) {
+        int from = c->pass->positions[batch->rows[queries[i].first]],
+            to = c->pass->positions[batch->rows[queries[i].first + queries[i].n - 1]];
         int n = to / LLM__CHUNK - llm__attn_first_key(s, from) / LLM__CHUNK + 1;
         if (n > most) most = n;
         if (queries[i].n > n_rows) n_rows = queries[i].n;
@@ -16584,19 +16597,18 @@ static int llm__attn_count_chunks(const llm__cpu_context *c, const int *rows, co
 }
 
 /* One phase, or several. With a single row RoPE has not run yet: the thread that computes a head rotates it first. */
-static void llm__attn_rows(llm__team_worker *w, const llm__cpu_context *c, int layer, const int *rows,
-                           const llm__fwd_queries *queries, int n_queries) {
-    int n_heads = c->model->shape.n_kv_heads, n_pieces = n_queries * n_heads;
-    int n_chunks = llm__attn_count_chunks(c, rows, queries, n_queries);
+static void llm__attn_rows(llm__team_worker *w, const llm__cpu_context *c, int layer, const llm__fwd_batch *batch) {
+    int n_heads = c->model->shape.n_kv_heads, n_pieces = batch->n_queries * n_heads;
+    int n_chunks = llm__attn_count_chunks(c, batch);
     bool single = c->pass->n_rows == 1;
     if (n_chunks) {
         if (single) llm__rope_rows(w, c, layer, true);
-        llm__attn_split(w, c, layer, rows, queries, n_pieces, n_chunks);
+        llm__attn_split(w, c, layer, batch, n_chunks);
         return;
     }
     for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;) {
         if (single) llm__rope_group(c, w->index, layer, 0, piece % n_heads, true);
-        llm__attn_run(c, w->index, layer, piece % n_heads, rows, queries[piece / n_heads]);
+        llm__attn_run(c, w->index, layer, piece % n_heads, batch, batch->queries[piece / n_heads]);
     }
     llm__team_finish(w);
 }
@@ -16614,17 +16626,17 @@ static llm__matrix llm__matrix_part(const llm__matrix *m, int first_tile, int en
 static void llm__fwd_keep_rows(llm__team_worker *w, const llm__cpu_context *c, int layer, const llm__fwd_rows *in) {
     const llm_backend_shape *s = &c->model->shape;
     const llm__matrix *m = &c->model->layers[layer].qkv;
-    int q = s->n_heads * s->head_dim, n_tiles = llm__math_round_up(m->n, 16) / 16, n = c->pass->n_logits;
+    int q = s->n_heads * s->head_dim, n_tiles = llm__math_round_up(m->n, 16) / 16, n = c->kept.n;
     const llm__matrix keys = llm__matrix_part(m, q / 16, n_tiles), queries = llm__matrix_part(m, 0, (q + 15) / 16);
-    llm__linear(w, c, &keys, in, c->pass->n_rows, LLM__STORE, c->qkv + q / 16 * 16, c->qkv_stride);
+    llm__linear(w, c, &keys, in, &c->all, LLM__STORE, c->qkv + q / 16 * 16, c->qkv_stride);
     llm__rope_rows(w, c, layer, false);
     if (w->index == 0)
         for (int i = 0; i < n; i++)
             memmove(c->x + (size_t)i * c->x_stride, c->x + (size_t)c->pass->logit_rows[i] * c->x_stride,
                     c->x_stride * sizeof(float));
     llm__team_barrier(w->team);
-    const llm__fwd_rows normed = llm__fwd_norm_rows(w, c, c->model->layers[layer].attention_norm, &queries, n);
-    llm__linear(w, c, &queries, &normed, n, LLM__STORE, c->qkv, c->qkv_stride);
+    const llm__fwd_rows normed = llm__fwd_norm_rows(w, c, c->model->layers[layer].attention_norm, &queries, &c->kept);
+    llm__linear(w, c, &queries, &normed, &c->kept, LLM__STORE, c->qkv, c->qkv_stride);
     for (int i; (i = llm__team_take(w, n)) >= 0;)
         llm__rope_heads(c, w->index, layer, i, c->pass->logit_rows[i], 0, s->n_heads);
     llm__team_finish(w);
@@ -16635,20 +16647,21 @@ static int llm__fwd_n_columns(const llm__cpu_model *m) { return (m->whole.n_voca
 /* The head fused with log-softmax, for a few rows and LLM__COLUMNS tokens of the vocabulary. The logits exist only in
    the thread's scratch. Their maximum and sum are kept. */
 static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int part, int first_row, int rows,
-                                   int all_rows) {
+                                   bool panels) {
     const llm__matrix *m = &c->model->head;
     const llm__kernels *kernels = c->model->kernels;
     int first = part * LLM__COLUMNS, n = m->n - first < LLM__COLUMNS ? m->n - first : (int)LLM__COLUMNS;
     int n_tiles = llm__math_round_up(n, 16) / 16, n_parts = llm__fwd_n_columns(c->model);
     size_t row = (size_t)first_row, stride = (size_t)n_tiles * 16;
     float *logits = c->scratch + (size_t)index * c->scratch_floats;
-    if (llm__fwd_in_panels(c, m, all_rows)) {
+    if (panels) {
         const llm__matrix columns = llm__matrix_part(m, first / 16, first / 16 + n_tiles);
         llm__fwd_rows some = c->normed;
         some.packed += row * some.stride * 2; /* a multiple of 16 rows */
+        const llm__fwd_product p = {&columns, &some, LLM__STORE, logits, stride};
         for (int tile = 0; tile < n_tiles; tile += LLM__PANEL_TILES) {
             int n_panel = n_tiles - tile < LLM__PANEL_TILES ? n_tiles - tile : (int)LLM__PANEL_TILES;
-            llm__linear_panel(c, index, &columns, tile, n_panel, &some, 0, rows, LLM__STORE, logits, stride);
+            llm__linear_panel(c, index, &p, tile, n_panel, 0, rows);
         }
     } else {
         memset(logits, 0, (size_t)rows * stride * sizeof(float));
@@ -16682,14 +16695,15 @@ static float llm__fwd_log_prob(const llm__cpu_context *c, int row, llm_token tok
     return (float)((double)logits[token % 16] - llm__fwd_log_total(maxima, sums, n_parts));
 }
 
-static void llm__fwd_score_rows(llm__team_worker *w, llm__cpu_context *c, int rows) {
+static void llm__fwd_score_rows(llm__team_worker *w, llm__cpu_context *c, const llm__fwd_batch *batch) {
+    bool panels = llm__fwd_route_of(batch, &c->model->head)->panels;
     const llm_backend_range vocab = c->model->vocab;
     const llm_backend_pass *pass = c->pass;
-    int n_parts = (vocab.n + LLM__COLUMNS - 1) / LLM__COLUMNS, n_all = llm__fwd_n_columns(c->model);
+    int rows = batch->n, n_parts = (vocab.n + LLM__COLUMNS - 1) / LLM__COLUMNS, n_all = llm__fwd_n_columns(c->model);
     for (int part; (part = llm__team_take(w, n_parts)) >= 0;)
         for (int r = 0; r < rows; r += LLM__SCORED_ROWS)
             llm__fwd_score_columns(c, w->index, part, r, rows - r < LLM__SCORED_ROWS ? rows - r : (int)LLM__SCORED_ROWS,
-                                   rows);
+                                   panels);
     llm__team_finish(w);
     llm__fwd_meet_floats(w, c, c->column_max, rows, (size_t)n_all, n_all, 1);
     llm__fwd_meet_floats(w, c, c->column_sum, rows, (size_t)n_all, n_all, 1);
@@ -16762,8 +16776,8 @@ static void llm__fwd_task(void *arg, int index) {
     llm__cpu_context *c = (llm__cpu_context *)arg;
     llm__team_worker worker = {c->team, index, 0, 0}, *w = &worker;
     const llm__cpu_model *m = c->model;
-    const int *rows = c->all_rows;
-    int n = c->pass->n_rows, n_embd = m->shape.n_embd, head_dim = m->shape.head_dim;
+    const llm__fwd_batch *rows = &c->all;
+    int n = rows->n, n_embd = m->shape.n_embd, head_dim = m->shape.head_dim;
     float *x = c->x + m->embd.first; /* the columns that this rank adds to */
     uint64_t mode = llm__kernels_enter(m->kernels);
     llm__fwd_poll_cancel(w, c, mode);
@@ -16774,32 +16788,32 @@ static void llm__fwd_task(void *arg, int index) {
     for (int i = 0; i < m->shape.n_layers && n && !c->cancelled; i++) {
         const llm__cpu_layer *layer = &m->layers[i];
         bool last = m->is_last_stage && i == m->shape.n_layers - 1 && !c->pass->squares;
-        llm__fwd_rows in = llm__fwd_norm_rows(w, c, layer->attention_norm, &layer->qkv, n);
+        llm__fwd_rows in = llm__fwd_norm_rows(w, c, layer->attention_norm, &layer->qkv, rows);
         llm__fwd_add_squares(w, c, LLM_WEIGHT_QKV, i, &in, n);
-        if (last && c->pass->n_logits < n) {
+        if (last && c->kept.n < n) {
             llm__fwd_keep_rows(w, c, i, &in);
-            rows = c->pass->logit_rows;
-            n = c->pass->n_logits;
+            rows = &c->kept;
+            n = rows->n;
         } else {
-            llm__linear(w, c, &layer->qkv, &in, n, LLM__STORE, c->qkv, c->qkv_stride);
+            llm__linear(w, c, &layer->qkv, &in, rows, LLM__STORE, c->qkv, c->qkv_stride);
             if (n > 1) llm__rope_rows(w, c, i, true);
         }
-        llm__attn_rows(w, c, i, rows, last ? c->last_queries : c->all_queries,
-                       last ? c->n_last_queries : c->n_all_queries);
-        bool packs = llm__fwd_in_panels(c, &layer->attention_out, n) && llm__attn_packs_heads(c);
+        llm__attn_rows(w, c, i, rows);
+        bool packs = llm__attn_packs(c, i, rows);
         llm__fwd_meet_rows(w, c, &c->attention, n, m->whole.n_heads * head_dim, head_dim, packs);
-        in = llm__fwd_prepare_rows(w, c, &layer->attention_out, &c->attention, n, llm__attn_packs_heads(c));
+        in = llm__fwd_prepare_rows(w, c, &layer->attention_out, &c->attention, rows, packs);
         llm__fwd_add_squares(w, c, LLM_WEIGHT_ATTENTION_OUT, i, &in, n);
-        llm__linear(w, c, &layer->attention_out, &in, n, LLM__ADD, x, c->x_stride);
+        llm__linear(w, c, &layer->attention_out, &in, rows, LLM__ADD, x, c->x_stride);
         llm__fwd_meet_floats(w, c, c->x, n, c->x_stride, n_embd, LLM__EMBD_UNIT);
-        in = llm__fwd_norm_rows(w, c, layer->ffn_norm, &layer->gate_up, n);
+        in = llm__fwd_norm_rows(w, c, layer->ffn_norm, &layer->gate_up, rows);
         llm__fwd_add_squares(w, c, LLM_WEIGHT_GATE_UP, i, &in, n);
-        llm__linear(w, c, &layer->gate_up, &in, n, LLM__SWIGLU, c->ffn.x + m->ff.first, c->ffn.stride);
-        llm__fwd_meet_rows(w, c, &c->ffn, n, m->shape.n_ff, LLM__FF_UNIT, llm__fwd_in_panels(c, &layer->gate_up, n));
-        in = llm__fwd_prepare_rows(w, c, &layer->down, &c->ffn, n, true);
+        llm__linear(w, c, &layer->gate_up, &in, rows, LLM__SWIGLU, c->ffn.x + m->ff.first, c->ffn.stride);
+        llm__fwd_meet_rows(w, c, &c->ffn, n, m->shape.n_ff, LLM__FF_UNIT,
+                           llm__fwd_route_of(rows, &layer->gate_up)->panels);
+        in = llm__fwd_prepare_rows(w, c, &layer->down, &c->ffn, rows, true);
         llm__fwd_add_squares(w, c, LLM_WEIGHT_DOWN, i, &in, n);
         llm__fwd_poll_cancel(w, c, mode);
-        llm__linear(w, c, &layer->down, &in, n, LLM__ADD, x, c->x_stride);
+        llm__linear(w, c, &layer->down, &in, rows, LLM__ADD, x, c->x_stride);
         llm__fwd_meet_floats(w, c, c->x, n, c->x_stride, n_embd, LLM__EMBD_UNIT);
     }
     if (!m->is_last_stage) {
@@ -16807,34 +16821,51 @@ static void llm__fwd_task(void *arg, int index) {
     } else if (n && !c->cancelled) {
         int n_vocab = m->shape.n_vocab;
         float *logits = c->logits + (size_t)c->pass->first_logits * (size_t)n_vocab;
-        llm__fwd_rows in = llm__fwd_norm_rows(w, c, m->output_norm, &m->head, n);
+        llm__fwd_rows in = llm__fwd_norm_rows(w, c, m->output_norm, &m->head, rows);
         llm__fwd_add_squares(w, c, LLM_WEIGHT_HEAD, m->shape.n_layers, &in, n);
         if (c->pass->squares) {
             /* The head is not computed. */
         } else if (c->pass->n_targets) {
-            llm__fwd_score_rows(w, c, n);
+            llm__fwd_score_rows(w, c, rows);
         } else {
-            llm__linear(w, c, &m->head, &in, n, LLM__STORE, logits + m->vocab.first, (size_t)n_vocab);
+            llm__linear(w, c, &m->head, &in, rows, LLM__STORE, logits + m->vocab.first, (size_t)n_vocab);
             llm__fwd_meet_floats(w, c, logits, n, (size_t)n_vocab, n_vocab, LLM__COLUMNS);
         }
     }
     llm__kernels_leave(m->kernels, mode);
 }
 
-/* Cuts a list of rows into runs of one sequence, of at most LLM__QUERY_ROWS query rows each, but at least one row.
-   Returns the number of runs. */
-static int llm__fwd_group_queries(const llm__cpu_context *c, const int *rows, int n, llm__fwd_queries *queries) {
-    int most = LLM__QUERY_ROWS / c->model->group, n_queries = 0;
+static llm__fwd_route llm__fwd_choose_route(const llm__cpu_context *c, bool panels, int rows) {
+    llm__fwd_route route;
+    int n_threads = c->team->n, share = (rows + n_threads - 1) / n_threads, most = rows / LLM__PART_ROWS;
+    route.panels = panels && c->panels && rows >= c->panel_rows;
+    if (route.panels) {
+        route.step = share < 16 ? share : 16;
+        route.n_parts = most < 1 ? 1 : most < n_threads ? most : n_threads;
+    } else {
+        route.step = 1;
+        route.n_parts = (rows + LLM__ROWS - 1) / LLM__ROWS;
+    }
+    return route;
+}
+
+/* Sets up n rows of the pass. Their queries are runs of one sequence, of at most LLM__QUERY_ROWS query rows each, but
+   at least one row. */
+static void llm__fwd_start_batch(const llm__cpu_context *c, const int *rows, int n, llm__fwd_batch *batch) {
+    int most = LLM__QUERY_ROWS / c->model->group;
+    batch->n = n;
+    batch->rows = rows;
+    batch->n_queries = 0;
+    for (int i = 0; i < 2; i++) batch->routes[i] = llm__fwd_choose_route(c, i == 1, n);
     for (int i = 0; i < n; i++) {
-        llm__fwd_queries *q = n_queries ? &queries[n_queries - 1] : NULL;
+        llm__fwd_queries *q = batch->n_queries ? &batch->queries[batch->n_queries - 1] : NULL;
         if (q && q->n < most && c->pass->seqs[rows[i]] == c->pass->seqs[rows[q->first]]) {
             q->n++;
         } else {
-            queries[n_queries].first = i;
-            queries[n_queries++].n = 1;
+            batch->queries[batch->n_queries].first = i;
+            batch->queries[batch->n_queries++].n = 1;
         }
     }
-    return n_queries;
 }
 
 /* Gives the logits of a call to all stages, and tells them whether any stage cancelled it. */
@@ -16858,8 +16889,8 @@ static llm_status llm__cpu_forward(void *context, const llm_backend_pass *pass, 
     c->left = false;
     c->met = LLM_OK;
     c->err = err;
-    c->n_all_queries = llm__fwd_group_queries(c, c->all_rows, pass->n_rows, c->all_queries);
-    c->n_last_queries = llm__fwd_group_queries(c, pass->logit_rows, pass->n_logits, c->last_queries);
+    llm__fwd_start_batch(c, c->all_rows, pass->n_rows, &c->all);
+    llm__fwd_start_batch(c, pass->logit_rows, pass->n_logits, &c->kept);
     llm__team_run(c->team, llm__fwd_task, c);
     c->stopped = pipeline && c->cancelled && pass->more; /* all stages end the call together */
     if (pass->stopped) *pass->stopped = c->cancelled;
@@ -16943,6 +16974,8 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
                c->cache_block_bytes);
     return LLM_OK;
 }
+
+LLM__SMALL_BEGIN
 
 typedef struct llm__cpu_sizes {
     size_t x_stride, qkv_stride, attention_stride, ffn_stride, scratch_floats, n_parts, partial_floats;
@@ -17063,8 +17096,8 @@ static void llm__cpu_scratch_create(llm__cpu_buffers *b, llm__cpu_context *c, co
     c->column_max = llm__cpu_floats(b, n_batch * z->n_parts);
     c->column_sum = llm__cpu_floats(b, n_batch * z->n_parts);
     c->all_rows = (int *)llm__cpu_buffer(b, n_batch, sizeof(int));
-    c->all_queries = (llm__fwd_queries *)llm__cpu_buffer(b, n_batch, sizeof(llm__fwd_queries));
-    c->last_queries = (llm__fwd_queries *)llm__cpu_buffer(b, n_batch, sizeof(llm__fwd_queries));
+    c->all.queries = (llm__fwd_queries *)llm__cpu_buffer(b, n_batch, sizeof(llm__fwd_queries));
+    c->kept.queries = (llm__fwd_queries *)llm__cpu_buffer(b, n_batch, sizeof(llm__fwd_queries));
 }
 
 /* The number of bytes in these buffers. In a pipeline it counts those of a stage that sends, which has the most. */
@@ -17128,6 +17161,8 @@ static void llm__cpu_context_free(void *context) {
     llm__pool pool = ((llm__cpu_context *)context)->pool;
     llm__pool_free(&pool);
 }
+
+LLM__SMALL_END
 
 /* ---- The limit of decoding ---- */
 
@@ -25861,11 +25896,6 @@ LLM__SMALL_END
    DRY and XTC are p-e-w's, from pull requests 5677 and 6335 of oobabooga/text-generation-webui. What their edge cases
    do is as in llama.cpp. The presence and frequency penalties are those of OpenAI's API reference. */
 
-static void llm__sampler_apply_biases(float *logits, int n_vocab, const llm_sampler *s) {
-    for (int i = 0; i < s->n_biases; i++)
-        if (s->biases[i].token >= 0 && s->biases[i].token < n_vocab) logits[s->biases[i].token] += s->biases[i].bias;
-}
-
 static bool llm__sampler_has_repeat(const llm_sampler *s) { return s->repeat_penalty > 0 && s->repeat_penalty != 1; }
 
 static bool llm__sampler_has_counts(const llm_sampler *s) {
@@ -26378,7 +26408,10 @@ static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const llm__samp
     if (choice.status) return choice;
     if (sampler->n_biases > 0 || llm__sampler_has_penalty(sampler) || sigma || sampler->mask || grammar) {
         logits = (const float *)memcpy(p, logits, (size_t)n_vocab * sizeof *p);
-        llm__sampler_apply_biases(p, n_vocab, sampler);
+        for (int i = 0; i < sampler->n_biases; i++) {
+            llm_token token = sampler->biases[i].token;
+            if (token >= 0 && token < n_vocab) p[token] += sampler->biases[i].bias;
+        }
         if (llm__sampler_has_repeat(sampler))
             llm__sampler_apply_repeat(p, tokens, n_tokens, sampler, scratch->candidates);
         if (answer_begin > n_tokens) answer_begin = n_tokens;
