@@ -33,8 +33,9 @@
 
     1. Get a model: a .gguf file, or a directory with config.json, *.safetensors and tokenizer.json, as published on
        Hugging Face. README.md lists the architectures and types. llm_model_read_info says what a file holds and
-       llm_memory_estimate how much memory it would take, without loading it. llm_model_save_packed makes a file of a
-       model that loads in a few milliseconds.
+       llm_memory_estimate how much memory it would take, without loading it. llm_quantize_gguf makes a smaller file of
+       a model, and a better one if llm_calibrate has let the model read a text. llm_model_save_packed makes a file that
+       loads in a few milliseconds.
 
     2. Load it with llm_model_load. The weights stay as the file has them: a quantised file keeps its numbers and about
        its size, and F32, F16 and BF16 become bf16. llm_model_desc.dtype converts all of them to one type instead:
@@ -292,6 +293,20 @@
                 if (memory.weights + memory.cache + memory.scratch <= max_bytes) return types[i];
             }
             return LLM_DTYPE_DEFAULT;
+        }
+
+    RECIPE: a smaller file, rounded for texts like this one.
+
+        static llm_status shrink(const char *from, const char *to, const char *text, llm_error *err) {
+            llm_model *model = NULL;
+            llm_importance *importance = NULL;
+            llm_status status = llm_model_load(&model, from, NULL, err);
+            if (!status) status = llm_calibrate(&importance, model, text, strlen(text), NULL, err);
+            llm_model_free(model);
+            llm_quantize_desc desc = {.type = "Q4_K_M", .importance = importance};
+            if (!status) status = llm_quantize_gguf(from, to, &desc, err);
+            llm_importance_free(importance);
+            return status;
         }
 
     LIMITS

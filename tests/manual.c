@@ -159,6 +159,7 @@ int main(int argc, char **argv) {
     check(largest_type(argv[1], UINT64_MAX) == LLM_DTYPE_BF16, "a type", &err);
     check(largest_type(argv[1], 2 * info.weight_bytes) == LLM_DTYPE_INT8, "a type", &err);
     check(largest_type(argv[1], 1 << 20) == LLM_DTYPE_DEFAULT, "a type", &err);
+    check(shrink(argv[1], "never", "Too short.", &err) == LLM_ERROR_ARGUMENT, "a text that is too short", &err);
     llm_model_free(model);
     return n_failed > 0;
 }
