@@ -13094,10 +13094,11 @@ typedef struct llm__kernel_ended {
    k. */
 typedef struct llm__kernel_tile_product {
     const uint8_t *a; /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, see llm__kernel_packed_row         */
-    int n_rows, a_blocks;    /* n_rows counts groups of 16 rows */
-    const uint8_t *const *b; /* [n_blocks] the first tile's blocks of 1 KB each: [16 pairs of k][16][2] */
-    size_t b_next;           /* distance in bytes to the second tile's blocks */
-    int n_blocks, n_cols;    /* n_cols: number of tiles, 1 or 2 */
+    int n_rows, a_blocks; /* n_rows counts groups of 16 rows */
+    const uint8_t *const
+        *b;               /* [n_blocks] the first tile's blocks of 32 k, for example in bf16: [16 pairs of k][16][2] */
+    size_t b_next;        /* distance in bytes to the second tile's blocks */
+    int n_blocks, n_cols; /* n_cols: number of tiles, 1 or 2 */
     float *c;
     size_t c_stride;
     bool add;
@@ -13106,7 +13107,14 @@ typedef struct llm__kernel_tile_product {
     llm__kernel_ended *ended; /* finished rows of the panel, which are stored meanwhile; or NULL */
     bool ends;                /* the sums of this call are complete and go to `ended`, not to c */
     int tile;                 /* number of the first tile in the panel */
+    llm__weight_type kind;    /* of the tiles: LLM__W_BF16, or see llm__kernel_tile_kind */
 } llm__kernel_tile_product;
+
+/* The kind in which llm__kernel_tile_product gets bf16 or int8 weights. The matrix unit needs bf16; without it int8
+   tiles are taken as they are. `step` is that of its rows. */
+static inline llm__weight_type llm__kernel_tile_kind(llm__weight_type kind, size_t step) {
+    return kind == LLM__W_INT8 && step == 64 ? LLM__W_INT8 : LLM__W_BF16;
+}
 
 enum {
     LLM__RUN_TILES = 4,    /* tiles multiplied with one run of activations before the next run */
@@ -13170,8 +13178,8 @@ typedef struct llm__kernels {
                   const float *part, int n);
     /* y = x * factor, rounded to bf16 if `round`. */
     void (*scale)(const float *x, float factor, int n, bool round, float *y);
-    void (*add)(float *y, const float *x, int n);   /* y += x */
-    void (*weigh)(float *y, const float *x, int n); /* y = y * x, rounded to bf16; n is a multiple of 16 */
+    void (*add)(float *y, const float *x, int n);               /* y += x */
+    void (*weigh)(float *y, const float *x, int n, bool round); /* y = y * x; n is a multiple of 16 */
     /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
     void (*rope)(float *x, const float *cosines, const float *sines, int half);
     /* The limits that benchmarks compare with. `read` reads n bytes and ignores them. `multiply` does n times 2 * 16 *
@@ -13189,10 +13197,12 @@ typedef struct llm__kernels {
     void (*panel)(const llm__kernel_panel *p); /* bf16 and int8, 2:4 or not */
     /* The functions above, with rounded results written into a packed row from `column` on (a multiple of 16): x *
        factor for n values, and zeros up to n_padded; a norm, with zeros up to the end of its last line; a softmax of n
-       scores, with zeros up to `padded`, a multiple of 32. */
+       scores, with zeros up to `padded`, a multiple of 32. With `scales` (or NULL), the softmax's rounded results are
+       multiplied by them and rounded again. */
     void (*pack_scale)(const float *x, float factor, int n, int n_padded, llm__kernel_lines row, int column);
     void (*pack_norm)(const float *x, const float *w, int n, float factor, llm__kernel_lines row);
-    void (*pack_softmax)(const float *s, int n, int padded, float scale, llm__kernel_lines row, float *max, float *sum);
+    void (*pack_softmax)(const float *s, int n, int padded, float scale, const float *scales, llm__kernel_lines row,
+                         float *max, float *sum);
     /* Each thread must enter the matrix unit before it uses it. NULL if the set has no matrix unit. */
     void (*tiles_enter)(void), (*tiles_leave)(void);
 } llm__kernels;
@@ -16348,6 +16358,8 @@ typedef struct llm__attn_work {
     const int *blocks;          /* the sequence's table of cache blocks                                    */
     float *q, *scores;          /* [padded][head_stride], [padded][LLM__SCORES]                            */
     uint8_t *packed;            /* queries, then softmax weights; NULL if there are too few to pack        */
+    uint8_t *unpacked;          /* with `packed`: tiles of an int8 cache as bf16                           */
+    float key_scales[LLM__CHUNK], value_scales[LLM__CHUNK]; /* of an int8 cache                            */
 } llm__attn_work;
 
 /* Floats in a partial result of attention: [padded][head_stride] weighted sums of values, then [padded] maxima, then
@@ -16377,7 +16389,53 @@ static int llm__attn_end_of_keys(const llm__cpu_context *c, const llm__attn_work
     return llm__attn_last_key(c, a, a->n - 1) + 1;
 }
 
-/* The scores: products of queries with the keys of n cache blocks. */
+/* Gathers the scales of n blocks of an int8 cache. */
+static void llm__attn_get_scales(const llm__cpu_context *c, llm__attn_work *a, const int *blocks, int n) {
+    size_t tile = llm__matrix_tile_bytes(LLM__W_INT8, c->head_stride), bytes = 16 * sizeof(float);
+    for (int i = 0; i < n; i++) {
+        uint8_t *keys = llm__cache_block(c, a->layer, 0, a->head, blocks[i]);
+        float *to = a->key_scales + i * LLM_CACHE_BLOCK;
+        memcpy(to, keys + tile - bytes, bytes);
+        memcpy(to + 16, keys + 2 * tile - bytes, bytes);
+        memcpy(a->value_scales + i * LLM_CACHE_BLOCK,
+               llm__cache_value_scales(c, llm__cache_block(c, a->layer, 1, a->head, blocks[i])), 2 * bytes);
+    }
+}
+
+/* The kind of the cache's tiles in packed products. */
+static llm__weight_type llm__attn_tile_kind(const llm__cpu_context *c) {
+    return llm__kernel_tile_kind(c->cache_kind, c->model->kernels->line_step);
+}
+
+/* A tile of the cache for packed products. If they need another kind, its n blocks become blocks `first` to `first` + n -
+   1 of a->unpacked. */
+static const uint8_t *llm__attn_unpack(const llm__cpu_context *c, const llm__attn_work *a, const uint8_t *tile, int n,
+                                       int first) {
+    if (llm__attn_tile_kind(c) == c->cache_kind) return tile;
+    uint8_t *to = a->unpacked + (size_t)first * 1024;
+    c->model->kernels->unpack(c->cache_kind, tile, n, to);
+    return to;
+}
+
+/* sums[rows][stride]: products of packed rows of n blocks of 32 k with two tiles of the cache, b_next bytes apart. */
+static void llm__attn_product(const llm__cpu_context *c, const llm__attn_work *a, const uint8_t *rows, int n,
+                              const uint8_t *const *b, size_t b_next, float *sums, size_t stride) {
+    llm__kernel_tile_product p;
+    memset(&p, 0, sizeof p);
+    p.a = rows;
+    p.n_rows = a->padded / 16;
+    p.a_blocks = p.n_blocks = n;
+    p.b = b;
+    p.b_next = b_next;
+    p.n_cols = 2;
+    p.c = sums;
+    p.c_stride = stride;
+    p.kind = llm__attn_tile_kind(c);
+    c->model->kernels->tile_product(&p);
+}
+
+/* The scores: products of queries with the keys of n cache blocks. If they are packed, the scales of an int8 cache are
+   not in them yet. */
 static void llm__attn_keys(const llm__cpu_context *c, const llm__attn_work *a, const int *blocks, int n) {
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride, tile = llm__matrix_tile_bytes(c->cache_kind, c->head_stride);
@@ -16386,11 +16444,11 @@ static void llm__attn_keys(const llm__cpu_context *c, const llm__attn_work *a, c
         const uint8_t *keys = llm__cache_block(c, a->layer, 0, a->head, blocks[i]), *parts[LLM__MOST_HEAD / 32];
         float *scores = a->scores + i * LLM_CACHE_BLOCK;
         if (a->packed) {
-            int n_parts = c->head_stride / 32;
-            for (int j = 0; j < n_parts; j++) parts[j] = keys + j * 1024;
-            llm__kernel_tile_product p = {a->packed,   a->padded / 16, n_parts, parts, tile, n_parts, 2,     scores,
-                                          LLM__SCORES, false,          NULL,    0,     0,    NULL,    false, 0};
-            kernels->tile_product(&p);
+            int n_parts = c->head_stride / 32, block = llm__kernel_block_bytes[llm__attn_tile_kind(c)];
+            const uint8_t *first = llm__attn_unpack(c, a, keys, n_parts, 0),
+                          *second = llm__attn_unpack(c, a, keys + tile, n_parts, n_parts);
+            for (int j = 0; j < n_parts; j++) parts[j] = first + j * block;
+            llm__attn_product(c, a, a->packed, n_parts, parts, (size_t)(second - first), scores, LLM__SCORES);
             continue;
         }
         kernels->product[c->cache_kind](a->q, stride, a->n, keys, 2, c->head_stride, scores, LLM__SCORES);
@@ -16405,23 +16463,17 @@ static void llm__attn_values(const llm__cpu_context *c, const llm__attn_work *a,
     if (a->packed) {
         const uint8_t *weights = a->packed + (size_t)a->padded * stride * 2;
         for (int d = 0; d < c->head_stride; d += 32) {
-            const uint8_t *values[(int)LLM__CHUNK / (int)LLM_CACHE_BLOCK];
-            for (int i = 0; i < n; i++)
-                values[i] = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
-            llm__kernel_tile_product p = {weights, a->padded / 16, n,    values, tile, n,    2,     part + d,
-                                          stride,  false,          NULL, 0,      0,    NULL, false, 0};
-            kernels->tile_product(&p);
+            const uint8_t *values[(int)LLM__CHUNK / (int)LLM_CACHE_BLOCK], *second = NULL;
+            for (int i = 0; i < n; i++) {
+                const uint8_t *at = llm__cache_block(c, a->layer, 1, a->head, blocks[i]) + (size_t)(d / 16) * tile;
+                values[i] = llm__attn_unpack(c, a, at, 1, 2 * i);
+                second = llm__attn_unpack(c, a, at + tile, 1, 2 * i + 1);
+            }
+            llm__attn_product(c, a, weights, n, values, (size_t)(second - values[n - 1]), part + d, stride);
         }
         return;
     }
     memset(part, 0, (size_t)a->n * stride * sizeof(float));
-    for (int i = 0; i < n && c->cache_kind == LLM__W_INT8; i++) {
-        const float *scales = llm__cache_value_scales(c, llm__cache_block(c, a->layer, 1, a->head, blocks[i]));
-        for (int r = 0; r < a->n; r++) {
-            float *weights = a->scores + (size_t)r * LLM__SCORES + i * LLM_CACHE_BLOCK;
-            kernels->weigh(weights, scales, LLM_CACHE_BLOCK);
-        }
-    }
     for (int i = 0; i < n; i++)
         kernels->product[c->cache_kind](a->scores + i * LLM_CACHE_BLOCK, LLM__SCORES, a->n,
                                         llm__cache_block(c, a->layer, 1, a->head, blocks[i]), c->head_stride / 16,
@@ -16438,6 +16490,7 @@ static void llm__attn_fetch_values(const llm__cpu_context *c, const llm__attn_wo
 static void llm__attn_weigh_keys(const llm__cpu_context *c, const llm__attn_work *a, int i, int first, int n_blocks,
                                  float *max, float *sum) {
     const llm__kernels *kernels = c->model->kernels;
+    const float *scales = c->cache_kind == LLM__W_INT8 ? a->value_scales : NULL;
     float *scores = a->scores + (size_t)i * LLM__SCORES;
     int last = llm__attn_last_key(c, a, i), padded = n_blocks * LLM_CACHE_BLOCK,
         n = last + 1 - first < padded ? last + 1 - first : padded,
@@ -16446,8 +16499,9 @@ static void llm__attn_weigh_keys(const llm__cpu_context *c, const llm__attn_work
     if (a->packed)
         row = llm__kernel_packed_row(kernels->line_step, a->packed + (size_t)a->padded * (size_t)c->head_stride * 2,
                                      (size_t)padded, (size_t)i);
+    if (a->packed && scales) kernels->weigh(scores, a->key_scales, padded, false);
     if (a->packed && hidden <= 0 && n > 0) {
-        kernels->pack_softmax(scores, n, padded, c->score_scale, row, max, sum);
+        kernels->pack_softmax(scores, n, padded, c->score_scale, scales, row, max, sum);
         return;
     }
     /* Hidden keys become 2^-125.5, too small to change a sum >= 1. They are zeroed below. */
@@ -16455,15 +16509,17 @@ static void llm__attn_weigh_keys(const llm__cpu_context *c, const llm__attn_work
     if (n > 0 && n > hidden) kernels->softmax(scores, n, padded, c->score_scale, c->round_cache, max, sum);
     else hidden = padded;
     if (hidden > 0) memset(scores, 0, (size_t)hidden * sizeof(float));
+    if (scales) kernels->weigh(scores, scales, padded, true);
     if (a->packed) kernels->pack_scale(scores, 1, padded, padded, row, 0);
 }
 
 /* Attention to the chunk of keys from position `first` on. Writes a partial result to `part`. */
-static void llm__attn_chunk(const llm__cpu_context *c, const llm__attn_work *a, int first, float *part) {
+static void llm__attn_chunk(const llm__cpu_context *c, llm__attn_work *a, int first, float *part) {
     int end = llm__attn_end_of_keys(c, a),
         n_blocks = llm__cache_blocks_for(end - first < LLM__CHUNK ? end - first : (int)LLM__CHUNK);
     const int *blocks = a->blocks + first / LLM_CACHE_BLOCK;
     float *max = part + (size_t)a->padded * (size_t)c->head_stride, *sum = max + a->padded;
+    if (c->cache_kind == LLM__W_INT8) llm__attn_get_scales(c, a, blocks, n_blocks);
     llm__attn_keys(c, a, blocks, n_blocks);
     for (int i = 0; i < a->n; i++) {
         if (i < n_blocks) llm__attn_fetch_values(c, a, blocks[i]);
@@ -16526,9 +16582,12 @@ static void llm__attn_gather_queries(const llm__cpu_context *c, int index, llm__
     const llm_backend_shape *s = &c->model->shape;
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride;
-    if (c->panels && c->cache_kind == LLM__W_BF16 && a->n >= LLM__TILE_ROWS)
+    if (c->panels && c->round_cache && a->n >= LLM__TILE_ROWS) {
         a->packed = c->tiles + (size_t)index * c->tile_bytes;
-    else memset(a->q, 0, (size_t)a->n * stride * sizeof *a->q);
+        a->unpacked = a->packed + (size_t)a->padded * (stride + LLM__CHUNK) * 2;
+    } else {
+        memset(a->q, 0, (size_t)a->n * stride * sizeof *a->q);
+    }
     for (int i = 0; i < a->n; i++) {
         const float *from = c->qkv + (size_t)(a->first_row + i / a->group) * c->qkv_stride +
                             (a->first_head + i % a->group) * s->head_dim;
@@ -17040,8 +17099,11 @@ static llm__cpu_sizes llm__cpu_find_sizes(const llm_backend_shape *s, const llm_
     z.n_rows = (size_t)(d->n_batch > d->n_threads ? d->n_batch : d->n_threads);
     if (n_batch > LLM__PANEL_ROWS) n_batch = LLM__PANEL_ROWS;
     z.panel_floats = z.panels ? n_batch * LLM__PANEL_TILES * 16 : 0;
-    /* One buffer for two uses that never overlap: packed rows of attention, and unpacked blocks of a panel's tiles. */
+    /* One buffer for two uses that never overlap: packed rows of attention, with two tiles of an int8 cache, and
+       unpacked blocks of a panel's tiles. */
     size_t attention = rows * ((size_t)z.head_stride + LLM__CHUNK) * 2, parts = 2 * LLM__TILE_BLOCKS * 1024;
+    if (d->cache_dtype == LLM_DTYPE_INT8)
+        attention += 64 * (size_t)(z.head_stride > LLM__CHUNK ? z.head_stride : (int)LLM__CHUNK);
     z.tile_bytes = !z.panels ? 0 : attention > parts ? attention : parts;
     return z;
 }
@@ -30357,8 +30419,11 @@ LLM__TARGET static void LLM__FN(add)(float *y, const float *x, int n) {
     (y + i, v_add(LLM__FN(load_part)(y + i, n - i), LLM__FN(load_part)(x + i, n - i)), n - i, false);
 }
 
-LLM__TARGET static void LLM__FN(weigh)(float *y, const float *x, int n) {
-    for (int i = 0; i < n; i += 16) v_store(y + i, v_round_bf16(v_mul(v_load(y + i), v_load(x + i))));
+LLM__TARGET static void LLM__FN(weigh)(float *y, const float *x, int n, bool round) {
+    for (int i = 0; i < n; i += 16) {
+        V product = v_mul(v_load(y + i), v_load(x + i));
+        v_store(y + i, round ? v_round_bf16(product) : product);
+    }
 }
 
 LLM__TARGET static void LLM__FN(rope)(float *x, const float *cosines, const float *sines, int half) {
@@ -30610,8 +30675,8 @@ LLM__TARGET static void LLM__FN(pack_norm)(const float *x, const float *w, int n
     if (i & 16) LLM__FN(store_half)(row, i, v_splat(0));
 }
 
-LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded, float scale, llm__kernel_lines row,
-                                              float *max, float *sum) {
+LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded, float scale, const float *scales,
+                                              llm__kernel_lines row, float *max, float *sum) {
     V most = v_splat(-3.0e38f), total = v_splat(0), factor = v_splat(scale);
     int i = 0, whole = n / 16 * 16;
     __mmask16 rest = (__mmask16)((1u << (n - whole)) - 1);
@@ -30622,7 +30687,7 @@ LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded,
     for (i = 0; i < n; i += 16) {
         V p = v_exp2(v_fma(v_load(s + i), factor, minus_max));
         if (i == whole) p = _mm512_maskz_mov_ps(rest, p);
-        LLM__FN(store_half)(row, i, p);
+        LLM__FN(store_half)(row, i, scales ? v_mul(v_round_bf16(p), v_load(scales + i)) : p);
         total = v_add(total, p);
     }
     for (; i < padded; i += 16) LLM__FN(store_half)(row, i, v_splat(0));
@@ -30687,11 +30752,12 @@ LLM__INLINE float *LLM__FN(begin_end)(const llm__kernel_tile_product *p, int row
 }
 
 /* Widens a block for the products: its pairs of even and of odd k alternate. */
-LLM__INLINE void LLM__FN(widen)(const uint8_t *w, uint8_t *to) {
+LLM__INLINE void LLM__FN(widen)(const llm__weight_type KIND, const uint8_t *w, uint8_t *to) {
+    const size_t quarter = llm__kernel_block_bytes[KIND] / 4;
     float *pairs = (float *)(void *)to;
     for (int i = 0; i < 8; i++, pairs += 32) {
         V even, odd;
-        LLM__FN(weights)(LLM__W_BF16, false, w + (size_t)(i / 2) * 256, i % 2 * 2, &even, &odd);
+        LLM__FN(weights)(KIND, false, w + (size_t)(i / 2) * quarter, i % 2 * 2, &even, &odd);
         v_store(pairs, even);
         v_store(pairs + 16, odd);
     }
@@ -30712,8 +30778,11 @@ LLM__TARGET static void LLM__FN(some_pairs)(const llm__kernel_tile_product *p) {
                  right = p->n_cols > 1 ? 16 : 0;
     const int n_rows = p->ended ? (p->ended->panel->n_rows + 3) / 4 * 4 : p->n_rows * 16;
     for (int i = 0; i < p->n_blocks; i++) {
-        LLM__FN(widen)(p->b[i], wide[0] + i * 1024);
-        LLM__FN(widen)(p->b[i] + next, wide[1] + i * 1024);
+        for (int j = 0; j < 2; j++) {
+            const uint8_t *w = p->b[i] + (size_t)j * next;
+            if (p->kind == LLM__W_INT8) LLM__FN(widen)(LLM__W_INT8, w, wide[j] + i * 1024);
+            else LLM__FN(widen)(LLM__W_BF16, w, wide[j] + i * 1024);
+        }
     }
     for (int row = 0; row < n_rows; row += 4) {
         const uint32_t *x = (const uint32_t *)(const void *)p->a + (size_t)row * stride;
@@ -30749,12 +30818,14 @@ LLM__INLINE llm__kernel_tile_product LLM__FN(panel_product)(const llm__kernel_pa
                                                             const uint8_t **b) {
     const size_t bytes = llm__kernel_block_bytes[p->kind];
     const uint8_t *w = p->tiles + (size_t)tile * p->tile_bytes + (size_t)first * bytes;
+    const llm__weight_type kind = llm__kernel_tile_kind(p->kind, p->line_step);
     llm__kernel_tile_product product;
+    product.kind = kind;
     product.a = p->a + (size_t)first * p->line_step;
     product.n_rows = (p->n_rows + 15) / 16;
     product.a_blocks = p->k / 32;
     product.b = b;
-    product.b_next = p->kind == LLM__W_BF16 ? p->tile_bytes : LLM__TILE_BLOCKS * 1024;
+    product.b_next = p->kind == kind ? p->tile_bytes : LLM__TILE_BLOCKS * 1024;
     product.n_blocks = n;
     product.n_cols = p->n_tiles - tile < 2 ? 1 : 2;
     product.c = p->c + tile * 16;
@@ -30768,8 +30839,8 @@ LLM__INLINE llm__kernel_tile_product LLM__FN(panel_product)(const llm__kernel_pa
     else product.ahead = p->ahead;
     product.ahead_bytes = (size_t)n * bytes;
     product.ahead_next = tile + 3 == p->n_tiles || p->n_tiles == 1 ? 0 : p->tile_bytes;
-    for (int i = 0; i < n; i++) b[i] = p->kind == LLM__W_BF16 ? w + i * 1024 : p->unpacked + i * 1024;
-    for (int i = 0; i < product.n_cols && p->kind != LLM__W_BF16; i++)
+    for (int i = 0; i < n; i++) b[i] = p->kind == kind ? w + (size_t)i * bytes : p->unpacked + i * 1024;
+    for (int i = 0; i < product.n_cols && p->kind != kind; i++)
         LLM__FN(unpack)(p->kind, w + (size_t)i * p->tile_bytes, n, p->unpacked + (size_t)i * product.b_next);
     return product;
 }

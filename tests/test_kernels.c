@@ -190,9 +190,11 @@ static void check_rows(const llm__kernels *k) {
     scalar->add(a, w, n);
     k->add(b, w, n);
     check_same("add", a, b, sizeof a);
-    scalar->weigh(a, w, n / 16 * 16);
-    k->weigh(b, w, n / 16 * 16);
-    check_same("weigh", a, b, sizeof a);
+    for (int round = 0; round < 2; round++) {
+        scalar->weigh(a, w, n / 16 * 16, round);
+        k->weigh(b, w, n / 16 * 16, round);
+        check_same("weigh", a, b, sizeof a);
+    }
     int rows = 1 + (int)random_int(20), width = 1 + n % 16;
     float maxima[3][20], totals[3][20];
     for (int i = 0; i < 3; i++)
@@ -275,9 +277,16 @@ static void check_packs(const llm__kernels *k) {
     memcpy(a, x, sizeof a);
     padded += 32 * (int)random_int(3);
     scalar->softmax(a, n, padded, 0.3f, true, &max[0], &sum[0]);
-    k->pack_softmax(x, n, padded, 0.3f, row, &max[1], &sum[1]);
+    k->pack_softmax(x, n, padded, 0.3f, NULL, row, &max[1], &sum[1]);
     unpack_row(row, padded, b);
     check_same("pack_softmax", a, b, (size_t)padded * 4);
+    assert_true(max[0] == max[1] && sum[0] == sum[1]);
+    random_floats(w, padded);
+    for (int i = 0; i < padded; i++) w[i] = fabsf(w[i]);
+    scalar->weigh(a, w, padded, true);
+    k->pack_softmax(x, n, padded, 0.3f, w, row, &max[1], &sum[1]);
+    unpack_row(row, padded, b);
+    check_same("pack_softmax with scales", a, b, (size_t)padded * 4);
     assert_true(max[0] == max[1] && sum[0] == sum[1]);
 }
 
@@ -336,23 +345,44 @@ static void check_tile_product(const llm__kernels *k) {
     bool deep = random_int(8) == 0;
     int rows = 1 + (int)random_int(deep ? 5 : 20), n = 32 * (1 + (int)random_int(deep ? 40 : 8)),
         cols = 1 + (int)random_int(2), stride = cols * 16 + (int)random_int(9);
-    size_t next = (size_t)n * 32;
+    llm__weight_type kind = llm__kernel_tile_kind(random_int(2) ? LLM__W_INT8 : LLM__W_BF16, k->line_step);
+    size_t next = llm__matrix_tile_bytes(kind, n);
     random_floats(x, rows * n);
     for (int i = 0; i < rows * n; i++) x[i] = llm__bf16_to_f32(llm__f32_to_bf16(x[i]));
-    for (int i = 0; i < 2 * n * 16; i++) llm__matrix_tile_set(LLM__W_BF16, tile, (size_t)i, random_float());
-    for (int i = 0; i < n / 32; i++) blocks[i] = tile + i * 1024;
+    for (int i = 0; i < 2; i++) {
+        random_tile(kind, n);
+        for (int j = 0; j < 16 && kind == LLM__W_INT8; j++) /* scales are not part of this product */
+            ((float *)(void *)(tile + next))[j - 16] = 1;
+        memcpy(tiles + (size_t)i * next, tile, next);
+    }
+    for (int i = 0; i < n / 32; i++) blocks[i] = tiles + i * llm__kernel_block_bytes[kind];
     random_floats(a, 32 * stride);
-    memcpy(b, a, sizeof a);
     pack_rows(k, x, rows, n, packed);
-    bool add = random_int(2);
-    llm__kernel_tile_product p = {
-        packed, (rows + 15) / 16, n / 32, blocks, next, n / 32, cols, a, (size_t)stride, add, NULL, 0, 0, NULL, false,
-        0};
-    k->tile_product(&p);
+    bool add =
+        kind == LLM__W_BF16 && random_int(2); /* the scalar kernel adds sums over int8 only when they are whole */
     for (int i = 0; i < rows * stride && !add; i++)
-        if (i % stride < cols * 16) b[i] = 0;
+        if (i % stride < cols * 16) a[i] = 0;
+    memcpy(b, a, sizeof a);
+    llm__kernel_tile_product p = {packed,
+                                  (rows + 15) / 16,
+                                  n / 32,
+                                  blocks,
+                                  next,
+                                  n / 32,
+                                  cols,
+                                  a,
+                                  (size_t)stride,
+                                  add,
+                                  NULL,
+                                  0,
+                                  0,
+                                  NULL,
+                                  false,
+                                  0,
+                                  kind};
+    k->tile_product(&p);
     for (int i = 0; i < cols; i++)
-        scalar->product[LLM__W_BF16](x, (size_t)n, rows, tile + (size_t)i * next, 1, n, b + 16 * i, (size_t)stride);
+        scalar->product[kind](x, (size_t)n, rows, tiles + (size_t)i * next, 1, n, b + 16 * i, (size_t)stride);
     check_same("tile_product", a, b, (size_t)(rows * stride) * 4);
 }
 
