@@ -1,22 +1,22 @@
-/*  gpu.cpp - how fast llm_cuda.cu is, on models of well-known shapes with random weights.
+/*  gpu.cpp - measures the speed of llm_cuda.cu, on models of well-known shapes with random weights.
 
         bench SHAPE TYPE MODE      limits, decoding and prefill
-        bench --why SHAPE TYPE     decoding without some of what makes it fast, and the time of each kind of kernel
+        bench --why SHAPE TYPE     decoding without some optimisations, and the time of each kind of kernel
         bench --few SHAPE TYPE     a few passes, kernel by kernel, for a profiler
         bench --hellaswag SHAPE MODEL TEXTS [QUESTIONS]    scoring HellaSwag's texts, with MODEL's tokenizer
         bench --ranks N SHAPE TYPE decoding by N GPUs in tensor parallel, and without their meetings
-        bench --gpus               how many GPUs there are
-        bench --same MODEL TYPE    does a real model say the same on the GPU as on the CPU?
-        bench --device             the GPU
-        bench --help               the shapes
+        bench --gpus               prints the number of GPUs
+        bench --same MODEL TYPE    compares a real model's text on the GPU and on the CPU
+        bench --device             describes the GPU
+        bench --help               lists the shapes
 
     TYPE is bf16, f16, int8, int4, bf16-2:4 or int8-2:4; MODE is graph, fused or eager. With 2:4, two of each four
     weights of the layers are zero, but none of the embedding, which is also the head.
 
-    It drives the backend itself, so models need no files. Each line is one measurement: model, weights, mode, what, the
-    rate per second, and its share of the limit measured on the same GPU. Decoding is held against the bandwidth of
-    reading the weights (MBU), prefill and scoring against cuBLAS on the widest matrix (MFU). bench/gpu.sh builds and
-    runs it. */
+    It calls the backend directly, so models need no files. Each line is one measurement: model, weights, mode, what,
+    the rate per second, and its share of the limit measured on the same GPU. The limit of decoding is the bandwidth of
+    reading the weights (MBU); that of prefill and scoring is cuBLAS's rate on the widest matrix (MFU). bench/gpu.sh
+    builds and runs this program. */
 #define LLM_CUDA
 #define LLM_IMPLEMENTATION
 #include "llm.h"
@@ -59,7 +59,7 @@ static const weight_type TYPES[] = {{"bf16", LLM_DTYPE_BF16, false},    {"f16", 
 
 enum { PROMPT = 6, DEEP = 3800, NEW_TOKENS = 200, SOME_TOKENS = 64, SOME_PROMPT = 2048 };
 
-/* llm_cuda.cu has these for this program alone. */
+/* llm_cuda.cu has these functions only for this program. */
 LLM_API void llm__cuda_vary(void *context, bool overlap, unsigned kinds);
 LLM_API const char *llm__cuda_kind(void *context, int kind, int *n_kernels, double *bytes);
 
@@ -74,7 +74,7 @@ typedef struct bench {
     std::vector<int> table, positions, seqs, logit_rows;
     std::vector<llm_token> tokens;
     std::vector<double> frequencies;
-    llm_comm *tensor; /* NULL: one GPU has all of the model */
+    llm_comm *tensor; /* NULL: one GPU has the whole model */
 } bench;
 
 static double seconds() {
@@ -87,7 +87,8 @@ static void check(llm_status status, const llm_error *err) {
     exit(1);
 }
 
-/* Cheap numbers of about the right size; each row begins elsewhere in a short list. With 2:4, each four loses two. */
+/* Fills a row with numbers of about the right size, which is fast: each row is a different window of a short list.
+   With 2:4, two of each four numbers are zero. */
 static void random_row(const llm_backend_weight *weight, int row, float *out) {
     unsigned x = (unsigned)row * 2654435761u + (unsigned)weight->kind * 40503u + 12345u;
     for (int i = 0; i < weight->cols; i++) {
@@ -101,7 +102,7 @@ static void random_row(const llm_backend_weight *weight, int row, float *out) {
     }
 }
 
-/* So that int4 makes its groups of the numbers above. */
+/* There are no raw rows, so int4 makes its groups from the numbers above. */
 static const void *no_raw_row(const llm_backend_weight *, int, int *type) {
     *type = 0; /* F32 */
     return NULL;
@@ -162,7 +163,7 @@ static void open_model(bench *b) {
     upload_all(b);
 }
 
-/* Keys and values of about the size of real ones, all over the cache. */
+/* Fills the whole cache with keys and values of about the right size. */
 static void fill_cache(bench *b, const llm_backend_shape *shape, int n_blocks) {
     std::vector<uint16_t> block((size_t)b->backend->block_bytes(shape, LLM_DTYPE_BF16) / 2);
     llm_error err;
@@ -193,7 +194,7 @@ static void open_context(bench *b) {
     fill_cache(b, &b->llm, blocks);
 }
 
-/* GB/s by the data sheet: two transfers a clock. */
+/* Returns the data sheet's GB/s: two transfers per clock. */
 static double sheet_bandwidth() {
     int device = 0, khz = 0, bits = 0;
     if (cudaGetDevice(&device) != cudaSuccess ||
@@ -242,7 +243,7 @@ static void print_row(const bench *b, const char *what, double rate, double shar
 
 static bool go_on(void *, llm_token) { return true; }
 
-/* Greedy, the choice of the token included: on the host after each pass, or in bursts on the GPU. */
+/* Decodes greedily. The token is picked on the host after each pass, or in bursts on the GPU. */
 static void decode(bench *b, int depth, int n, bool on_host) {
     static const llm_sampler greedy = {};
     llm_error err;
@@ -252,7 +253,7 @@ static void decode(bench *b, int depth, int n, bool on_host) {
         llm_backend_burst burst = {some, depth + done, b->table.data(), &greedy, go_on, NULL};
         if (!on_host) check(b->backend->burst(b->context, &burst, &err), &err);
         done += some;
-        forward(b, depth + done - 1, 1); /* of a burst's last token, so that the next one has logits */
+        forward(b, depth + done - 1, 1); /* computes the burst's last token, so that the next burst has logits */
     }
 }
 
@@ -262,7 +263,7 @@ static void bench_decode(bench *b, int depth, bool on_host) {
     int most = b->backend->burst ? NEW_TOKENS : NEW_TOKENS / 4, n = s->n_ctx - depth < most + 8 ? 16 : most;
     if (depth + n + 8 > s->n_ctx || (!on_host && !b->backend->burst)) return;
     forward(b, depth, 1);
-    decode(b, depth + 1, 3, on_host); /* recording the graph is not decoding */
+    decode(b, depth + 1, 3, on_host); /* records the graph, which must not be timed */
     double start = seconds();
     decode(b, depth + 4, n, on_host);
     double each = (seconds() - start) / n;
@@ -322,12 +323,12 @@ static int bench_model(const shape *s, const weight_type *type, llm_cuda_mode mo
     return close_bench(&b);
 }
 
-/* ---- What the time is made of ---- */
+/* ---- Parts of the time ---- */
 
-/* Seconds for a token, by bursts of which all passes are alike. */
+/* Returns the seconds per token, measured with bursts of identical passes. */
 static double token_seconds(bench *b, int depth) {
     forward(b, depth, 1);
-    decode(b, depth + 1, 3, false); /* kernels are loaded, then the graph is recorded */
+    decode(b, depth + 1, 3, false); /* loads the kernels, then records the graph */
     double start = seconds();
     decode(b, depth + 4, SOME_TOKENS, false);
     return (seconds() - start) / SOME_TOKENS;
@@ -340,10 +341,11 @@ static double vary(bench *b, const char *what, bool overlap, unsigned kinds) {
     return each;
 }
 
-static const unsigned ALWAYS = ~0u << 7; /* the embedding, the choice of a token, and what is not part of decoding */
+/* Kinds that always run: the embedding, picking, and kernels that decoding does not use. */
+static const unsigned ALWAYS = ~0u << 7;
 
-/* Each kind of kernel: how long one takes when only they run, one layer's after the other's, and what leaving them out
-   saves. */
+/* For each kind of kernel: the time of one if only this kind runs, layer after layer, and the time saved by leaving
+   this kind out. */
 static void bench_kinds(bench *b, int depth, double whole) {
     const shape *s = b->s;
     const char *name;
@@ -354,7 +356,7 @@ static void bench_kinds(bench *b, int depth, double whole) {
     for (int kind = 0; (name = llm__cuda_kind(b->context, kind, &n, &bytes)) != NULL; kind++) {
         char what[128];
         if (n == 0) continue;
-        if (bytes == 0) /* attention reads no weights, but the keys and values */
+        if (bytes == 0) /* attention reads keys and values instead of weights */
             bytes = 4.0 * s->n_layers * s->n_kv_heads * s->head_dim * (depth + 4 + SOME_TOKENS / 2);
         llm__cuda_vary(b->context, true, ALWAYS | 1u << kind);
         double alone = (token_seconds(b, depth) - empty) / n;
@@ -376,8 +378,8 @@ static double prefill_seconds(bench *b) {
     return (seconds() - start) / 3;
 }
 
-/* What leaving out each kind of kernel saves in the prefill of a prompt. cuBLAS's products cannot be left out, and their
-   time depends a little on the numbers that the kernels before them leave. */
+/* Measures the time that leaving out each kind of kernel saves in a prefill. cuBLAS's products cannot be left out, and
+   their time depends a little on the numbers that earlier kernels write. */
 static void bench_prefill_kinds(bench *b) {
     const char *name;
     double bytes, whole = prefill_seconds(b), rest = whole;
@@ -435,9 +437,9 @@ static int count_gpus() {
     return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0;
 }
 
-/* One rank, a thread. The first one prints: tokens per second, a GPU's GB/s, both beside the bandwidth at which it reads
-   its own weights, and which share of the time the meetings of the ranks take. A rank's bytes are its weights and its
-   share of the cache. */
+/* Runs one rank in a thread. The first rank prints tokens per second and a GPU's GB/s, both relative to the bandwidth
+   at which it reads its own weights, and the share of the time that the ranks' meetings take. A rank's bytes are its
+   weights and its share of the cache. */
 static void bench_rank(const shape *s, const weight_type *type, llm_comm *tensor) {
     bench b = make_bench(s, type, LLM_CUDA_GRAPH, tensor);
     const llm_backend_ranks own = llm_backend_find_ranks(&b.llm, tensor, NULL);
@@ -480,7 +482,7 @@ static int bench_ranks(int n, const shape *s, const weight_type *type) {
     return 0;
 }
 
-/* ---- HellaSwag: of the texts only the lengths matter to a model of random weights ---- */
+/* ---- HellaSwag (with random weights, only the lengths of the texts matter) ---- */
 
 enum { ENDINGS = 4, SOME_QUESTIONS = 400, ALL_QUESTIONS = 10042 };
 
@@ -506,7 +508,7 @@ static void cut_text(const llm_tokenizer *tokenizer, const std::string &context,
     q->endings[e] = text.data() + n_context;
 }
 
-/* Six lines a question, as llama.cpp's file has them: the context, the number of the right ending, four endings. */
+/* Reads llama.cpp's format, six lines per question: the context, the number of the right ending, four endings. */
 static std::vector<scored> read_questions(const char *model, const char *path, size_t most, int n_vocab) {
     std::vector<scored> questions(most);
     std::ifstream file(path);
@@ -527,7 +529,7 @@ static std::vector<scored> read_questions(const char *model, const char *path, s
     return questions;
 }
 
-/* As examples/hellaswag.c counts them. */
+/* Counts operations in the same way as examples/hellaswag.c. */
 static double useful_operations(const shape *s, const llm_score_stats *stats) {
     double q = s->n_heads * s->head_dim, projections = s->n_embd * (q + 2.0 * s->n_kv_heads * s->head_dim),
            rest = s->n_embd * (q + 3.0 * s->n_ff);
@@ -535,7 +537,7 @@ static double useful_operations(const shape *s, const llm_score_stats *stats) {
                 (double)stats->n_predicted * (rest + (double)s->n_embd * s->n_vocab));
 }
 
-/* A model as llm_model_load makes it, but for the file. */
+/* Scores with a model like one from llm_model_load, but without a file. */
 static int score_hellaswag(const shape *s, const char *tokenizer, const char *path, size_t most) {
     std::vector<scored> texts = read_questions(tokenizer, path, most, s->n_vocab);
     std::vector<llm_question> questions;
@@ -560,13 +562,13 @@ static int score_hellaswag(const shape *s, const char *tokenizer, const char *pa
     model.info.dtype = LLM_DTYPE_BF16;
     desc.n_ctx = 512;
     desc.n_seq = 256;
-    desc.n_cache = 6144; /* 10 GB of LLaMA-33B's: with its weights, 75 GB */
+    desc.n_cache = 6144; /* 10 GB for LLaMA-33B, 75 GB with its weights */
     desc.n_batch = 2048;
     desc.n_logits = 1;
     check(llm_context_create(&ctx, &model, &desc, &err), &err);
     int n = (int)questions.size();
     check(llm_score(ctx, questions.data(), (n + 9) / 10, NULL, results.data(), &stats, &err),
-          &err); /* cuBLAS loads its kernels */
+          &err); /* warm-up: cuBLAS loads its kernels */
     check(llm_score(ctx, questions.data(), n, NULL, results.data(), &stats, &err), &err);
     snprintf(what, sizeof what, "HellaSwag: %d questions in %.1f s; tokens", n, stats.seconds);
     print_row(&b, what, (double)stats.n_computed / stats.seconds,
@@ -578,7 +580,7 @@ static int score_hellaswag(const shape *s, const char *tokenizer, const char *pa
     return 0;
 }
 
-/* ---- A real model's words ---- */
+/* ---- A real model's text ---- */
 
 typedef struct text {
     std::vector<llm_token> tokens; /* NEW_TOKENS */
@@ -618,7 +620,7 @@ static text continue_text(llm_context *ctx) {
     return t;
 }
 
-/* How far apart two tokens' logits are after the sequence's first `n` tokens. */
+/* Returns the difference of two tokens' logits after the sequence's first `n` tokens. */
 static double gap(llm_context *ctx, int n, llm_token a, llm_token b) {
     llm_error err;
     llm_token last = llm_seq_tokens(ctx, 0)[n - 1];
@@ -628,8 +630,8 @@ static double gap(llm_context *ctx, int n, llm_token a, llm_token b) {
     return fabs((double)llm_logits(ctx, 0)[a] - (double)llm_logits(ctx, 0)[b]);
 }
 
-/* Greedy text on the CPU and on the GPU, both with weights of the same type: equal, or parted by logits that are as good
-   as equal. */
+/* Compares the greedy texts on the CPU and on the GPU, with the same type of weights. They must be equal, or differ
+   first at a token where two logits are nearly equal. */
 static int same_text(const char *path, const weight_type *type) {
     llm_context *cpu = open_real(path, type->dtype, NULL), *gpu = open_real(path, type->dtype, llm_cuda_backend());
     text expected = continue_text(cpu), got = continue_text(gpu);

@@ -1,30 +1,30 @@
 #!/bin/bash
-# Tests and measures llm_cuda.cu on a machine with an NVIDIA GPU, and ends by itself before 560 seconds are over.
-#   bench/gpu.sh              all steps, the most wanted first
-#   bench/gpu.sh STEP...      these steps only: probe first why types sparse ranks fused tests sanitizer ncu peer shapes
+# Tests and measures llm_cuda.cu on a machine with an NVIDIA GPU. Ends within 560 seconds.
+#   bench/gpu.sh              runs all steps, the most important ones first
+#   bench/gpu.sh STEP...      runs only these steps: probe first why types sparse ranks fused tests sanitizer ncu peer shapes
 #                             same hellaswag
 #   bench/gpu.sh --build      only builds build/gpu, which needs no GPU
-#   OUT=folder                where results go as they come: gpu.log, gpu.csv, clocks.csv and others; if it is not
-#                             set, build/gpu
+#   OUT=folder                results are written here, line by line: gpu.log, gpu.csv, clocks.csv and others (default:
+#                             build/gpu)
 #   LLM_MODEL=path            the default model, if it is not in models/
-#   LLM_DATA=folder           with hellaswag_val_full.txt (or .bz2), six lines a question; the first 400 are scored
+#   LLM_DATA=folder           has hellaswag_val_full.txt (or .bz2), six lines per question; the first 400 are scored
 #   LLAMA_BENCH=path          llama.cpp's llama-bench, built with CUDA, to run on the default model
-# It needs a driver. `make gpu-bundle` builds everything beforehand; what is missing or older than its sources is built
-# here with nvcc. No step is fatal: one that cannot run says why. Each shape, type and mode has its own process, and so
-# has each test.
-# All of HellaSwag: build/gpu/bench --hellaswag LLaMA-33B MODEL hellaswag_val_full.txt 10042
+# Needs a driver. `make gpu-bundle` builds everything beforehand; programs that are missing or older than their sources are
+# built here with nvcc. A step that cannot run says why, and the next one runs. Each combination of shape, type and mode has
+# its own process, and so has each test.
+# To score all of HellaSwag: build/gpu/bench --hellaswag LLaMA-33B MODEL hellaswag_val_full.txt 10042
 set -u
 cd "$(dirname "$0")/.." || exit 1
 bin=build/gpu
 out=${OUT:-build/gpu}
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
-seconds=540 # for everything
+seconds=540 # time limit of all steps together
 failures=0
 steps="probe first why types sparse ranks fused tests sanitizer ncu peer shapes same hellaswag"
 mkdir -p $bin "$out"
 csv=$out/gpu.csv
 
-# A question to the machine that a broken driver may leave without an answer.
+# Runs a command with a time limit, because a broken driver may never answer.
 ask() {
     local left=$((seconds - SECONDS))
     timeout -k 2 $((left < 1 ? 1 : left < 20 ? left : 20)) "$@"
@@ -32,9 +32,9 @@ ask() {
 
 say() { printf '\n== %s (%d s) ==\n' "$1" "$SECONDS"; }
 
-# ---- Where things are ----
+# ---- Finding the tools ----
 
-# The first folder that holds a file of this name.
+# Prints the first folder that holds a file of this name.
 folder_with() { # NAME FOLDER...
     local name=$1 folder
     shift
@@ -46,7 +46,7 @@ folder_with() { # NAME FOLDER...
     done
 }
 
-# The CUDA Toolkit may be a full one, parts of one, or the wheels that PyTorch brings along.
+# The CUDA Toolkit may be complete, partial, or the wheels that come with PyTorch.
 find_cuda() {
     local python_folders
     PATH=$PATH:/usr/local/cuda/bin
@@ -74,7 +74,7 @@ for folder in site.getsitepackages() + [site.getusersitepackages()] + sys.path: 
     headers+=(/usr/include)
     blas=$(folder_with libcublas.so.13 "${libraries[@]}")
     blas_name=libcublas.so.13
-    if [ -z "$blas" ]; then # another version: good enough for what is built here
+    if [ -z "$blas" ]; then # another version works if the programs are built here
         blas=$(folder_with libcublas.so "${libraries[@]}")
         blas_name=libcublas.so
         [ -n "$blas" ] || { blas=$(folder_with libcublas.so.12 "${libraries[@]}") && blas_name=libcublas.so.12; }
@@ -88,7 +88,7 @@ sources="llm.h llm_cuda.cu bench/gpu.cpp tests/test_cuda.cpp tests/tiny.h tests/
 
 sources_sum() { cat $sources 2>/dev/null | cksum; }
 
-# Were the programs built from these sources, and do they start on this machine?
+# True if the programs were built from these sources and start on this machine.
 is_built() {
     [ -x $bin/bench ] && [ "$(cat $bin/sources.sum 2>/dev/null)" = "$(sources_sum)" ] &&
         ask $bin/bench --help >/dev/null 2>&1
@@ -98,11 +98,11 @@ has_cmocka() {
     printf '#include <%s>\n' setjmp.h stdarg.h stddef.h stdint.h cmocka.h | g++ -x c++ -fsyntax-only - 2>/dev/null
 }
 
-# For the chip that is here, or without a GPU for all that are supported.
+# Builds for this machine's chip, or without a GPU for all supported chips.
 build() {
     local runtime_headers blas_headers runtime link chip flags pids=() tests=
-    command -v nvcc >/dev/null || { echo "Not built: there is no nvcc on this machine"; return 1; }
-    [ -n "$blas" ] || { echo "Not built: libcublas.so.13 is in none of ${libraries[*]}"; return 1; }
+    command -v nvcc >/dev/null || { echo "Not built: nvcc is not installed"; return 1; }
+    [ -n "$blas" ] || { echo "Not built: libcublas.so.13 was not found in ${libraries[*]}"; return 1; }
     runtime_headers=$(folder_with cuda_runtime.h "${headers[@]}")
     blas_headers=$(folder_with cublas_v2.h "${headers[@]}")
     if [ -z "$runtime_headers" ] || [ -z "$blas_headers" ]; then
@@ -114,7 +114,7 @@ build() {
         link=("$runtime/libcudart_static.a" -ldl -lrt)
     else
         runtime=$(folder_with libcudart.so.13 "${libraries[@]}")
-        [ -n "$runtime" ] || { echo "Not built: neither libcudart_static.a nor libcudart.so.13 is here"; return 1; }
+        [ -n "$runtime" ] || { echo "Not built: neither libcudart_static.a nor libcudart.so.13 was found"; return 1; }
         link=("$runtime/libcudart.so.13" "-Wl,-rpath,$runtime")
     fi
     link+=("$blas/$blas_name" "-Wl,-rpath,\$ORIGIN" "-Wl,-rpath,$blas" -static-libstdc++ -static-libgcc -lpthread -lm)
@@ -126,7 +126,7 @@ build() {
             -gencode arch=compute_90,code=compute_90)
         ;;
     esac
-    ! nvcc --help | grep -q compress-mode || flags+=(-compress-mode=size) # a bundle has to be sent
+    ! nvcc --help | grep -q compress-mode || flags+=(-compress-mode=size) # a bundle should be small
     local host=(g++ -O2 -std=c++17 -I. "-I$runtime_headers")
     "${host[@]}" -c -o $bin/bench.o bench/gpu.cpp & pids+=($!)
     if has_cmocka; then
@@ -134,7 +134,7 @@ build() {
         gcc -O2 -std=c99 -DLLM_IMPLEMENTATION -I. -c -o $bin/llm.o -x c llm.h & pids+=($!)
         "${host[@]}" -c -o $bin/test_cuda.o tests/test_cuda.cpp & pids+=($!)
     else
-        echo "The tests are not built: cmocka.h is not here (Debian: libcmocka-dev)"
+        echo "The tests are not built: cmocka.h is missing (Debian: libcmocka-dev)"
     fi
     local device=(nvcc -O3 -std=c++17 -t 0 "${flags[@]}" "-I$blas_headers")
     "${device[@]}" -c -o $bin/llm_cuda.o llm_cuda.cu & pids+=($!)
@@ -150,13 +150,13 @@ build() {
 
 # ---- Running ----
 
-# Runs a command within MOST seconds and within what is left of all.
+# Runs a command for at most MOST seconds, and not longer than the time that is left for all steps.
 table=/dev/null
 part() { # NAME MOST COMMAND...
     local name=$1 most=$2 left=$((seconds - SECONDS)) code=0
     shift 2
     if [ "$left" -lt 5 ]; then
-        echo "$name: left out, the time is up"
+        echo "$name: skipped, no time is left"
         failures=$((failures + 1))
         return 1
     fi
@@ -166,15 +166,15 @@ part() { # NAME MOST COMMAND...
     running=
     case $code in
     0) return ;;
-    124) echo "$name: stopped, its time was up" ;;
-    137) echo "$name: killed, its time was up or there was no memory left" ;;
+    124) echo "$name: stopped at its time limit" ;;
+    137) echo "$name: killed at its time limit or because of too little memory" ;;
     *) echo "$name: failed with exit code $code" ;;
     esac
     failures=$((failures + 1))
     return 1
 }
 
-# The same; what it prints are rows of the table.
+# The same; the output is appended to the table.
 rows() { # NAME MOST COMMAND...
     local code=0
     table=$csv
@@ -183,7 +183,7 @@ rows() { # NAME MOST COMMAND...
     return $code
 }
 
-# The clocks and the power since the last call.
+# Prints the clocks and the power since the last call.
 clocks() {
     [ -r "$out/clocks.csv" ] || return 0
     awk -F', *' -v from="${clock_lines:-0}" '
@@ -206,7 +206,7 @@ bench() { # MOST ARGUMENT...
     clocks
 }
 
-has_bench() { [ -x $bin/bench ] || { echo "Left out: $bin/bench could not be built"; false; }; }
+has_bench() { [ -x $bin/bench ] || { echo "Skipped: $bin/bench could not be built"; false; }; }
 
 step_probe() {
     say "The machine"
@@ -216,7 +216,7 @@ step_probe() {
         echo "nvidia-smi does not work here"
     echo "nvcc: $(command -v nvcc || echo none); cuBLAS: ${blas:-none}; python3: $(command -v python3 || echo none);" \
         "processors: $(nproc)"
-    if has_bench; then ask $bin/bench --device || echo "No GPU can be used here; what needs one will fail"; fi
+    if has_bench; then ask $bin/bench --device || echo "No usable GPU; steps that need one will fail"; fi
 }
 
 step_first() {
@@ -240,14 +240,14 @@ step_sparse() {
     has_bench && for type in bf16-2:4 int8-2:4; do bench 45 Llama-2-7B $type graph; done
 }
 
-# The model's weights are shared by 2, 4 and 8 GPUs, if there are that many. gpt-fast published figures for A100s.
+# Divides a model between 2, 4 and 8 GPUs, if there are that many. gpt-fast published figures for A100s.
 step_ranks() {
     local gpus n
     say "Tensor parallel"
     has_bench || return
     gpus=$(ask $bin/bench --gpus 2>/dev/null)
     if [ "${gpus:-0}" -lt 2 ]; then
-        echo "Left out: there are not two GPUs here, but ${gpus:-none}"
+        echo "Skipped: two GPUs are needed; this machine has ${gpus:-none}"
         return
     fi
     for n in 2 4 8; do
@@ -278,7 +278,7 @@ step_fused() {
 step_tests() {
     local passed=0 failed= n=0 test most
     say "Tests on the device"
-    [ -x $bin/test_cuda ] || { echo "Left out: $bin/test_cuda was not built (it needs cmocka)"; return; }
+    [ -x $bin/test_cuda ] || { echo "Skipped: $bin/test_cuda was not built (it needs cmocka)"; return; }
     for test in $(ask $bin/test_cuda --list); do
         n=$((n + 1)) most=20
         if part "$test" $most $bin/test_cuda "$test" >"$out/tests.tmp" 2>&1; then
@@ -300,10 +300,10 @@ step_sanitizer() {
     sanitizer=$(command -v compute-sanitizer ||
         ls /usr/local/cuda*/bin/compute-sanitizer /opt/nvidia/*/*/compute-sanitizer 2>/dev/null | head -n 1)
     if [ -z "$sanitizer" ] || [ ! -x $bin/test_cuda ]; then
-        echo "Left out: compute-sanitizer or $bin/test_cuda is not here"
+        echo "Skipped: compute-sanitizer or $bin/test_cuda is missing"
         return
     fi
-    only=(--kernel-name kernel_substring=llm__) # not cuBLAS's
+    only=(--kernel-name kernel_substring=llm__) # without cuBLAS's kernels
     ask "$sanitizer" --help 2>/dev/null | grep -q -e '--kernel-name ' || only=(--kernel-regex kns=llm__)
     for tool in memcheck racecheck; do
         for test in test_groups test_graph test_bursts_of_all_modes; do
@@ -322,7 +322,7 @@ step_ncu() {
     say "Nsight Compute: a layer of Llama-2-7B in bf16"
     ncu=$(command -v ncu || ls /usr/local/cuda*/bin/ncu /opt/nvidia/nsight-compute/*/ncu 2>/dev/null | head -n 1)
     if [ -z "$ncu" ] || ! has_bench; then
-        echo "Left out: ncu is not here"
+        echo "Skipped: ncu is not installed"
         return
     fi
     metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
@@ -337,7 +337,7 @@ step_peer() {
     local gbs
     say "The torch.compile peer"
     if ! ask python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-        echo "Left out: there is no PyTorch that can use a GPU"
+        echo "Skipped: PyTorch with GPU support is not installed"
         return
     fi
     gbs=$(awk -F, '$1 == "Llama-2-7B" && $4 == "read GB/s" { print $5; exit }' "$csv")
@@ -362,7 +362,7 @@ step_same() {
         cat "$out/llama-bench.csv"
     fi
     if ! [ -r "$model" ]; then
-        echo "Left out: $model is not here"
+        echo "Skipped: $model is missing"
         return
     fi
     has_bench && for type in bf16 int8; do
@@ -384,7 +384,7 @@ step_hellaswag() {
         fi
     done
     if [ -z "$data" ] || ! [ -r "$tokenizer" ]; then
-        echo "Left out: there are no questions (LLM_DATA) or there is no tokenizer"
+        echo "Skipped: the questions (LLM_DATA) or the tokenizer are missing"
         return
     fi
     has_bench || return
@@ -394,7 +394,7 @@ step_hellaswag() {
 
 # ---- The end ----
 
-# Each target: met or missed, and by how much.
+# Prints for each target whether it was met or missed, and by how much.
 verdicts() {
     awk -F, '
         function judge(name, value, target, unit, less) {
@@ -426,7 +426,7 @@ verdicts() {
         }' "$csv"
 }
 
-# Ends a process if it still runs then.
+# Ends a process if it still runs after some time.
 end_after() { # SECONDS PROCESS
     { timeout "$1" tail -f --pid="$2" /dev/null || kill "$2"; } >/dev/null 2>&1 &
 }
@@ -439,8 +439,8 @@ finish() {
         NR == 1 { print "|---|---|---|---|---|---|" }' "$csv"
     say "Targets"
     verdicts
-    exec >&- 2>&- # so that the log is whole
-    end_after 5 "$logging" # a process that was left behind may still hold the log
+    exec >&- 2>&- # so that the log is complete
+    end_after 5 "$logging" # a leftover process may still hold the log open
     wait "$logging"
     exit $((failures > 0))
 }
@@ -460,7 +460,7 @@ trap finish EXIT
 trap 'echo "Stopped by a signal"; failures=$((failures + 1)); exit 1' TERM INT
 if ! is_built; then
     say "Build"
-    build || ! $bin/bench --help >/dev/null 2>&1 || echo "What was built earlier, from other sources, is used"
+    build || ! $bin/bench --help >/dev/null 2>&1 || echo "The programs from an earlier build of other sources are used"
 fi
 nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,clocks_throttle_reasons.active \
     --format=csv,noheader,nounits -lms 500 >"$out/clocks.csv" 2>/dev/null &
@@ -469,7 +469,7 @@ for step in ${*:-$steps}; do
     if [[ " $steps " == *" $step "* ]]; then
         step_"$step"
     else
-        echo "There is no step $step; there are: $steps"
+        echo "Unknown step $step; the steps are: $steps"
         failures=$((failures + 1))
     fi
 done

@@ -1,5 +1,5 @@
-/* llm_cuda.cu against the CPU backend on small models: all its kernels, in all modes. tests/cuda_host runs them on the
-   CPU; compiled with nvcc they run on a GPU.
+/* llm_cuda.cu compared with the CPU backend on small models: all kernels, in all modes. tests/cuda_host runs them on
+   the CPU; compiled with nvcc, they run on a GPU.
    Variants: asan */
 #define LLM_CUDA
 #include "llm.h"
@@ -22,7 +22,7 @@ extern "C" {
 
 enum { N_SEQ = 6, N_CTX = 256, N_BATCH = 100, N_VOCAB = 299 };
 
-/* Layers, n_embd, n_ff, heads, key heads, head_dim, n_ctx, more tokens, untied, type, seed. */
+/* Layers, n_embd, n_ff, heads, key heads, head_dim, n_ctx, extra tokens, untied, type, seed. */
 static const tiny_spec MANY_GROUPS = {2, 64, 96, 12, 1, 32, 512, 43, 1, 30, 2};
 static const tiny_spec WIDE_HEADS = {1, 96, 130, 2, 2, 136, 512, 43, 0, 0, 3};
 static const tiny_spec USUAL_HEADS = {2, 256, 300, 4, 2, 64, 512, 43, 1, 1, 4};
@@ -34,11 +34,11 @@ static const tiny_spec EIGHT_BITS = {1, 160, 96, 5, 1, 32, 512, 43, 0, 8, 9};
 static const tiny_spec HALVES = {1, 64, 96, 4, 2, 16, 512, 43, 1, 1, 10};
 static const tiny_spec SMALL = {1, 32, 32, 2, 1, 16, 512, 43, 0, 30, 9};
 
-/* 2:4: some rows are short, all are long. */
+/* 2:4 matrices: some rows are short in PAIRS, all are long in LONG_PAIRS. */
 static const tiny_spec PAIRS = {2, 301, 790, 5, 1, 68, 512, 43, 0, TINY_ALL_SPARSE, 11};
 static const tiny_spec LONG_PAIRS = {1, 707, 1100, 6, 2, 120, 512, 43, 1, TINY_ALL_SPARSE, 12};
 
-/* NULL if it fails. */
+/* Loads a model. Returns NULL on failure. */
 static llm_model *load_as(const tiny_spec *spec, const llm_backend *backend, llm_dtype dtype, llm_error *err) {
     llm_model_desc desc = {};
     llm_model *model = NULL;
@@ -56,7 +56,7 @@ static llm_model *load(const tiny_spec *spec, const llm_backend *backend, llm_dt
     return model;
 }
 
-/* One of the small models of every architecture that test_hf checks against others. */
+/* Loads one of the small models that test_hf compares with other programs. */
 static llm_model *load_golden(const char *name, const llm_backend *backend) {
     llm_model_desc desc = {};
     desc.backend = backend;
@@ -75,12 +75,12 @@ static llm_context *create(const llm_model *model) {
     return create_context(model, &desc);
 }
 
-/* Two contexts of different backends that are told the same. */
+/* Two contexts of different backends, which get the same calls. */
 typedef struct pair {
     llm_context *ctx[2];
     int n_vocab;
     unsigned random;
-    double worst; /* root mean square of a row's differences, in terms of that of its logits */
+    double worst; /* max over rows: root mean square of the differences / root mean square of the logits */
 } pair;
 
 static pair make_pair(llm_model *expected, llm_model *tested) {
@@ -112,10 +112,10 @@ static void compare(pair *p, int i) {
         differences += difference * difference;
     }
     double ratio = sqrt(differences / squares);
-    if (!(ratio <= p->worst)) p->worst = ratio; /* also if it is NaN */
+    if (!(ratio <= p->worst)) p->worst = ratio; /* true for NaN, too */
 }
 
-/* counts[seq] tokens for each sequence, taking turns. Logits: 0 none, 1 the last ones, 2 all, 3 some. */
+/* Appends counts[seq] tokens to each sequence, interleaved. logits: 0 none, 1 of the last tokens, 2 all, 3 some. */
 static void append(pair *p, const int counts[N_SEQ], int logits) {
     static llm_token tokens[N_SEQ * N_CTX];
     static int seqs[N_SEQ * N_CTX];
@@ -142,7 +142,7 @@ static void on_both(pair *p, int seq, int parent, int length) {
     }
 }
 
-/* Long and short passes, ragged ones, single rows, forks in the middle of blocks, cuts. */
+/* Runs long and short passes, passes of unequal sequences, single rows, forks inside blocks, and truncations. */
 static void exercise(pair *p) {
     static const int ragged[N_SEQ] = {40, 1, 23, 0, 7, 0}, small[N_SEQ] = {3, 1, 5, 0, 1, 0}, one[N_SEQ] = {1},
                      three[N_SEQ] = {1, 0, 1, 0, 1}, fork[N_SEQ] = {2, 0, 0, 4, 0, 0},
@@ -175,8 +175,8 @@ static double agree(llm_model *expected, llm_model *tested, double most) {
     return p.worst;
 }
 
-/* On the CPU groups meet activations of 8 bits, on the GPU of bf16: so where a file has them, the CPU's weights are
-   bf16, too. */
+/* Weights in groups are multiplied by 8-bit activations on the CPU, but by bf16 on the GPU. So if the file has groups,
+   the CPU uses bf16 weights. */
 static llm_dtype dtype_on_cpu(const tiny_spec *spec, llm_dtype dtype) {
     bool blocks = spec->type == 2 || spec->type == 3 || spec->type == 8;
     return dtype == LLM_DTYPE_INT4 && blocks ? LLM_DTYPE_BF16 : dtype;
@@ -184,9 +184,9 @@ static llm_dtype dtype_on_cpu(const tiny_spec *spec, llm_dtype dtype) {
 
 static void agrees_with_cpu(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype) {
     llm_dtype on_cpu = dtype_on_cpu(spec, dtype);
-    /* A number in bf16 is off by up to 1/256, which over the few layers of these models becomes about 0.012 of the
-       logits. A number in 8 bits is off by up to 1/254 of the largest of its 32, which is two to three times as much in
-       terms of a usual one; measured is 0.039. */
+    /* The error of a bf16 number is up to 1/256, which becomes about 0.012 of the logits over the few layers of these
+       models. The error of an 8-bit number is up to 1/254 of the largest of its 32, two to three times as much relative
+       to a typical number; 0.039 was measured. */
     double most = on_cpu == LLM_DTYPE_INT4 ? 0.05 : 0.02;
     agree(load(spec, NULL, on_cpu), load(spec, llm_cuda_backend_mode(mode), dtype), most);
 }
@@ -207,7 +207,7 @@ static void test_fused(void **state) {
     agrees_with_cpu(&USUAL_HEADS, LLM_CUDA_FUSED, LLM_DTYPE_INT8);
 }
 
-/* From a file of f16, of which bf16 would lose the last digits, and of numbers that have to be rounded. */
+/* f16 weights: from an f16 file, whose last digits bf16 would lose, and from weights that must be rounded. */
 static void test_halves(void **state) {
     const llm_dtype f16 = LLM_DTYPE_F16;
     (void)state;
@@ -217,7 +217,7 @@ static void test_halves(void **state) {
     agrees_with_cpu(&TINY_ODD, LLM_CUDA_EAGER, f16);
 }
 
-/* Groups of 32 as files of Q4_1, Q4_0 and Q8_0 have them, and made of other weights. */
+/* Groups of 32 from files in Q4_1, Q4_0 and Q8_0, and groups made from other weights. */
 static void test_groups(void **state) {
     (void)state;
     agrees_with_cpu(&FOUR_BITS, LLM_CUDA_FUSED, LLM_DTYPE_INT4);
@@ -228,8 +228,8 @@ static void test_groups(void **state) {
     agrees_with_cpu(&EIGHT_BITS, LLM_CUDA_EAGER, LLM_DTYPE_INT4);
 }
 
-/* Biases (qwen2), norms of queries and keys (qwen3), a window (mistral), and all ways to scale rotations. Their rows
-   are so short that bf16's errors hardly average out. */
+/* Biases (qwen2), norms of queries and keys (qwen3), a window (mistral), and all kinds of RoPE scaling. The rows of
+   these models are so short that bf16's errors hardly average out. */
 static void test_architectures(void **state) {
     static const char *const names[] = {"gqa", "linear", "llama3", "mistral", "qwen2", "qwen2-yarn", "qwen3", "yarn"};
     (void)state;
@@ -239,7 +239,7 @@ static void test_architectures(void **state) {
         agree(load_golden(names[i], NULL), load_golden(names[i], llm_cuda_backend_mode(LLM_CUDA_EAGER)), 0.05);
 }
 
-/* A recorded pass is the same pass. */
+/* A recorded pass gives the same logits. */
 static void test_graph(void **state) {
     pair p = make_pair(load(&TINY_ODD, llm_cuda_backend_mode(LLM_CUDA_FUSED), LLM_DTYPE_INT8),
                        load(&TINY_ODD, llm_cuda_backend(), LLM_DTYPE_INT8));
@@ -260,8 +260,8 @@ static uint64_t hash_logits(const llm_context *ctx, int i, uint64_t hash) {
     return hash;
 }
 
-/* 80 tokens of sequence 2, one by one after the first 60, in passes of n_rows rows of which the others are other texts.
-   */
+/* Computes 80 tokens of sequence 2, the last 20 one by one, in passes of n_rows rows. The other rows are other texts.
+   Returns a hash of the logits. */
 static uint64_t in_company(llm_context *ctx, int n_rows) {
     llm_token tokens[64];
     int seqs[64];
@@ -286,7 +286,7 @@ static uint64_t in_company(llm_context *ctx, int n_rows) {
     return hash;
 }
 
-/* To the bit, up to 16 rows. */
+/* In passes of up to 16 rows, other rows do not change any bit. */
 static void check_rows_do_not_meet(const tiny_spec *spec, llm_dtype dtype) {
     llm_model *model = load(spec, llm_cuda_backend(), dtype);
     llm_context_desc desc = {};
@@ -300,7 +300,7 @@ static void check_rows_do_not_meet(const tiny_spec *spec, llm_dtype dtype) {
     assert_int_equal(in_company(ctx, 7), alone);
     assert_int_equal(in_company(ctx, 16), alone);
 #ifdef CUDA_HOST_RUNTIME_H
-    cuda_host.reverse = true; /* what barriers do not order may come in any order */
+    cuda_host.reverse = true; /* the order of threads must not matter */
     assert_int_equal(in_company(ctx, 3), alone);
     cuda_host.reverse = false;
 #endif
@@ -367,7 +367,7 @@ static void test_2_4(void **state) {
     agrees_with_cpu(&LONG_PAIRS, LLM_CUDA_FUSED, LLM_DTYPE_INT8);
 }
 
-/* The logits of the 701st token of sequence 2, in a pass of n_rows rows of which the others are a short text. */
+/* Returns the logits of the 701st token of sequence 2, in a pass of n_rows rows. The other rows are a short text. */
 static std::vector<float> after_long_text(llm_context *ctx, int n_rows) {
     llm_token tokens[16];
     int seqs[16];
@@ -385,7 +385,8 @@ static std::vector<float> after_long_text(llm_context *ctx, int n_rows) {
     return std::vector<float>(logits, logits + N_VOCAB);
 }
 
-/* Keys in several spans, which one block has or several: the same to the bit, and as on the CPU. */
+/* The keys are divided into several spans. Whether one block or several compute them, the bits are the same, and the
+   result agrees with the CPU. */
 static void test_long_text(void **state) {
     llm_context_desc desc = {};
     llm_context *ctx[2] = {};
@@ -458,9 +459,9 @@ static void test_cancel(void **state) {
     close_context(ctx);
 }
 
-/* ---- Generation, where the tokens are picked on the GPU ---- */
+/* ---- Generation with tokens picked on the GPU ---- */
 
-/* What llm_generate told, and left behind. */
+/* The output of llm_generate and the state after it. */
 typedef struct story {
     llm_token tokens[256];
     int n_tokens, n_refused_at, n_cancelled_at; /* 0: never */
@@ -506,13 +507,13 @@ static void tell(llm_context *ctx, llm_sampler sampler, llm_generate_desc desc, 
     assert_int_equal(s->stats.n_generated, s->n_tokens);
     assert_memory_equal(llm_seq_tokens(ctx, 1) + 5, s->tokens, (size_t)(s->length - 5) * sizeof(llm_token));
     if (s->length == llm_context_n_ctx(ctx)) return;
-    int seq = 1; /* and what is in the cache is right */
+    int seq = 1; /* one more pass checks the contents of the cache */
     llm_batch batch = {1, &next, &seq, NULL};
     assert_int_equal(llm_forward(ctx, &batch, NULL), LLM_OK);
     s->hash = hash_logits(ctx, 0, 0);
 }
 
-/* A bias, even of nothing, is the host's business, so with it no tokens are picked on the GPU. */
+/* Generates with tokens picked on the GPU and on the host, and compares. A bias, even of 0, makes the host pick. */
 static story tells_the_same(llm_context *ctx, llm_sampler sampler, const llm_generate_desc &desc, int refused_at = 0,
                             int cancelled_at = 0) {
     static const llm_logit_bias nothing = {0, 0};
@@ -603,7 +604,7 @@ static void test_bursts(void **state) {
 
 enum { NAN_TOKEN = 251 };
 
-static llm_backend_weight sound_weight; /* the one that is being uploaded */
+static llm_backend_weight sound_weight; /* the weight that is being uploaded */
 
 static void read_row_with_nan(const llm_backend_weight *weight, int row, float *out) {
     (void)weight;
@@ -617,7 +618,7 @@ static llm_status upload_with_nan(void *model, const llm_backend_weight *weight,
     return llm_cuda_backend()->upload(model, &changed, err);
 }
 
-/* Logits of NaN are an error in words. What they leave in the cache does not reach the next text. */
+/* NaN logits give an error message. NaNs that remain in the cache must not reach the next text. */
 static void test_nan(void **state) {
     static llm_backend backend;
     llm_generate_desc desc = {};
@@ -647,7 +648,7 @@ static void test_nan(void **state) {
     close_context(ctx);
 }
 
-/* Without graphs too, and one operation at a time, where the host picks. */
+/* Generation without graphs, and in eager mode, where the host picks. */
 static void test_bursts_of_all_modes(void **state) {
     llm_generate_desc desc = {};
     (void)state;
@@ -665,7 +666,7 @@ static void test_bursts_of_all_modes(void **state) {
 
 enum { QUESTIONS = 5, MOST_ENDINGS = 9, MOST_TOKENS = 9 };
 
-/* Texts are pieces of one list of tokens. */
+/* Contexts and endings are parts of one list of tokens. */
 typedef struct quiz {
     llm_token tokens[1000];
     const llm_token *endings[QUESTIONS][MOST_ENDINGS];
@@ -673,8 +674,8 @@ typedef struct quiz {
     llm_question questions[QUESTIONS];
 } quiz;
 
-/* Of all lengths. The first question predicts more tokens from one row than a small pass has rows, the endings of
-   another begin alike. */
+/* Makes questions of many lengths. The first one predicts more tokens from one row than a small pass has rows. The
+   endings of another one begin alike. */
 static void make_quiz(quiz *z) {
     pair random = {};
     z->n_results = 0;
@@ -701,8 +702,8 @@ static std::vector<double> score(const llm_model *model, const quiz &z, const ll
     return results;
 }
 
-/* In passes of one piece and of several, of more targets than are sent at a time, with forks and without: the first
-   n_ways. */
+/* Scores in the first n_ways of these ways: in one piece and in several, with more targets than are sent at a time,
+   with and without forks. */
 static void scores_as_cpu(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype, int n_ways) {
     static const struct {
         int n_seq, n_batch, n_logits;
@@ -714,7 +715,7 @@ static void scores_as_cpu(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype d
                 {60, 200, 170, LLM_SCHEDULE_FIXED, true}};
     llm_model *cpu = load(spec, NULL, dtype_on_cpu(spec, dtype)), *gpu = load(spec, llm_cuda_backend_mode(mode), dtype);
     static quiz z;
-    double worst = 0; /* as in a pair; a log-likelihood counts from that of tokens that are all as likely */
+    double worst = 0; /* as in `pair`, but relative to log-likelihoods above those of uniform probabilities */
     make_quiz(&z);
     for (int i = 0; i < n_ways; i++) {
         const auto &way = ways[i];
@@ -754,7 +755,7 @@ static void test_scores(void **state) {
     scores_as_cpu(&EIGHT_BITS, LLM_CUDA_FUSED, LLM_DTYPE_INT4, 2);
 }
 
-/* Of every token that may come next, against the logits that the same kernels give. */
+/* The scores of all possible next tokens match the logits of the same kernels. */
 static void test_scores_against_logits(void **state) {
     static llm_token context[] = {1, 2, 3};
     double results[N_VOCAB], all = 0, sum = 0;
@@ -798,7 +799,7 @@ static void in_a_thread(const llm_model *model, uint64_t *hash) {
     llm_context_free(ctx);
 }
 
-/* Contexts of one model in several threads, graphs being recorded in all of them. */
+/* Several threads have contexts of one model, and all record graphs. */
 static void test_threads(void **state) {
     llm_model *model = load(&TINY_ODD, llm_cuda_backend());
     uint64_t hashes[3] = {};
@@ -844,8 +845,8 @@ static void test_refusals(void **state) {
 
 /* ---- Several GPUs ---- */
 
-/* On a GPU, cuBLAS may add up otherwise for a rank's share of a matrix, so passes are kept to 16 rows there, and
-   scores, which other kernels compute, may differ a little. */
+/* On a GPU, cuBLAS may add in another order for a rank's share of a matrix. So passes have at most 16 rows there, and
+   scores, which are computed by other kernels, may differ a little. */
 #ifdef CUDA_HOST_RUNTIME_H
 static const int RANK_BATCH = 48;
 static const double RANK_ERROR = 0;
@@ -857,12 +858,12 @@ static void set_devices(int n) {
 #else
 static const int RANK_BATCH = 16;
 static const double RANK_ERROR = 0.01;
-static void set_devices(int) {}                        /* ranks share those that there are */
+static void set_devices(int) {}                        /* ranks share the existing GPUs */
 #endif
 
-/* What a rank came to; all ranks must come to the same as one GPU does. */
+/* The results of a rank. All ranks must get the same results as one GPU. */
 typedef struct findings {
-    uint64_t logits[7], saved; /* after each of seven passes; of the saved sequence */
+    uint64_t logits[7], saved; /* hashes of the logits after each of seven passes, and of the saved sequence */
     double scores[5];
     llm_token texts[2][24];
     llm_status cancelled, refused;
@@ -872,7 +873,7 @@ typedef struct findings {
 /* Where tensor ranks exchange their rows. */
 typedef enum way { IN_GPUS, IN_HOST, IN_NCCL, WAYS } way;
 
-/* Ranks are numbered with those of a tensor group side by side. */
+/* Ranks of the same tensor group have consecutive numbers. */
 typedef struct ranked_job {
     const tiny_spec *spec;
     llm_cuda_mode mode;
@@ -881,10 +882,10 @@ typedef struct ranked_job {
     llm_comm *tensor[4], *pipeline[4];
     findings found[4];
     void (*work)(struct ranked_job *job, int rank);
-    int n_met[WAYS]; /* atomic: contexts whose ranks meet there */
+    int n_met[WAYS]; /* atomic: number of contexts whose ranks exchange rows in this way */
 } ranked_job;
 
-/* What contexts with tensor ranks tell the log of their first. */
+/* The log callback. The first rank's context logs how tensor ranks exchange rows. */
 static void count_meetings(void *user, const char *line) {
     static const char *const words[WAYS] = {"meet in the GPUs' memory", "meet in the host's memory",
                                             "meet through NCCL 2.27"};
@@ -907,7 +908,7 @@ static llm_model *load_rank(ranked_job *job, int rank, llm_error *err) {
     return model;
 }
 
-/* n tokens of sequence seq; hashes all their logits. */
+/* Computes n tokens of sequence seq and hashes all their logits. */
 static void add_logits(llm_context *ctx, findings *f, int n, int seq) {
     llm_token tokens[64];
     int seqs[64];
@@ -931,7 +932,7 @@ static bool keep_token(void *user, llm_token token, const char *, size_t) {
 
 static bool always(void *) { return true; }
 
-/* Long passes and short ones, two texts, saving and restoring, scores, cancelling. */
+/* Runs long and short passes, two texts, saving and restoring, scoring, and cancelling. */
 static void run_rank(ranked_job *job, int rank) {
     static const llm_token words[20] = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4};
     static const llm_token *const endings[] = {words, words + 3, words + 7, words + 9, words + 11};
@@ -970,12 +971,12 @@ static void run_rank(ranked_job *job, int rank) {
     }
     RANK_CHECK(llm_score(ctx, &question, 1, NULL, f->scores, NULL, &err) == LLM_OK, err.message);
     llm_context_free(ctx);
-    if (rank == job->n_shards * job->n_stages - 1) desc.cancel = always; /* one of them, which has the last word */
+    if (rank == job->n_shards * job->n_stages - 1) desc.cancel = always; /* only the last rank cancels */
     RANK_CHECK(llm_context_create(&ctx, model, &desc, &err) == LLM_OK, err.message);
     llm_batch batch = {20, words, NULL, NULL};
     f->cancelled = llm_forward(ctx, &batch, &err);
     llm_context_free(ctx);
-    desc.cache_dtype = rank ? LLM_DTYPE_BF16 : LLM_DTYPE_INT8; /* refused on one of them */
+    desc.cache_dtype = rank ? LLM_DTYPE_BF16 : LLM_DTYPE_INT8; /* rank 0 refuses INT8 */
     f->refused = llm_context_create(&ctx, model, &desc, &err);
     llm_model_free(model);
 }
@@ -985,10 +986,10 @@ static void check_meetings(const ranked_job *job, way expected) {
     for (int i = 0; i < WAYS && job->n_shards > 1; i++) assert_int_equal(job->n_met[i] > 0, i == (int)expected);
 }
 #else
-static void check_meetings(const ranked_job *, way) {} /* that depends on the machine */
+static void check_meetings(const ranked_job *, way) {} /* the way depends on the machine */
 #endif
 
-/* Runs job->work on all ranks, each a thread that is given a device of its own. */
+/* Runs job->work on all ranks. Each is a thread with its own device. */
 static void run_job(ranked_job *job) {
     std::vector<std::thread> threads;
     int n = job->n_shards * job->n_stages;
@@ -1013,7 +1014,8 @@ static void run_job(ranked_job *job) {
     set_devices(1);
 }
 
-/* The ranks of the stand-in's GPUs meet in their memory, unless something forbids it. */
+/* Ranks of all these shapes give the results of one GPU. With tests/cuda_host they exchange rows in the expected
+   way. */
 static void same_on_ranks(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype,
                           std::vector<std::pair<int, int>> shapes, way expected_way = IN_GPUS) {
     ranked_job job = {spec, mode, dtype, 1, 1, {}, {}, {}, run_rank, {}};
@@ -1040,7 +1042,7 @@ static void same_on_ranks(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype d
     }
 }
 
-/* Ranks that may not meet in the GPUs' memory, and those that cannot. */
+/* Ranks that are not allowed to exchange rows in the GPUs' memory, and ranks that cannot. */
 static void test_ranks_through_host(void **state) {
     (void)state;
     setenv("LLM_CUDA_RANKS", "host", 1);
@@ -1053,7 +1055,7 @@ static void test_ranks_through_host(void **state) {
 #endif
 }
 
-/* Heads that fill no group on a rank, key heads on two, ranks without a share; all types. */
+/* Ranks with fewer heads than a group, key heads that two ranks use, ranks without a share; all types. */
 static void test_ranks(void **state) {
     (void)state;
     same_on_ranks(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, {{2, 1}, {3, 1}, {4, 1}, {1, 2}, {2, 2}});
@@ -1066,7 +1068,7 @@ static void test_ranks(void **state) {
     same_on_ranks(&SMALL, LLM_CUDA_EAGER, LLM_DTYPE_BF16, {{2, 1}});
 }
 
-/* One rank leaves before the pass: the others hear of it. */
+/* One rank leaves before the pass. The others must get an error. */
 static void leave_early(ranked_job *job, int rank) {
     llm_context *ctx = NULL;
     llm_token tokens[20] = {};
@@ -1094,7 +1096,7 @@ static void test_dead_rank(void **state) {
 }
 
 #ifdef CUDA_HOST_RUNTIME_H
-/* The GPU of rank 1 fails in the third pass, of which the second was recorded. The other ranks' kernels wait for it. */
+/* The GPU of rank 1 fails in the third pass (the second pass was recorded). The other ranks' kernels wait for it. */
 static void fail_in_pass(ranked_job *job, int rank, int *failing) {
     llm_context *ctx = NULL;
     llm_token tokens[3] = {};
@@ -1107,18 +1109,18 @@ static void fail_in_pass(ranked_job *job, int rank, int *failing) {
     if (rank == 1) *failing = 1;
     job->found[rank].refused = llm_forward(ctx, &batch, &err);
     if (rank != 1) RANK_CHECK(strstr(err.message, "rank 1"), err.message);
-    RANK_CHECK(llm_forward(ctx, &batch, &err) == LLM_ERROR_DEVICE, "the ranks are parted for ever");
+    RANK_CHECK(llm_forward(ctx, &batch, &err) == LLM_ERROR_DEVICE, "a pass after the failure must fail");
     llm_context_free(ctx);
     llm_model_free(model);
 }
 
-/* It cannot tell the others any more, which stop waiting after a while. */
+/* The rank cannot inform the others, which stop waiting when their patience ends. */
 static void lose_device(ranked_job *job, int rank) {
     job->tensor[rank]->patience = 1;
     fail_in_pass(job, rank, &cuda_host.lost_device);
 }
 
-/* It tells the others, which would wait for much longer than a test may take. */
+/* The rank informs the others. If it did not, they would wait much longer than a test may take. */
 static void refuse_launches(ranked_job *job, int rank) {
     job->tensor[rank]->patience = 3600;
     fail_in_pass(job, rank, &cuda_host.refusing_device);
@@ -1139,24 +1141,25 @@ static void test_dead_gpu(void **state) {
 
 /* ---- Ranks that are processes ---- */
 
-/* A job in memory that the processes share. */
+/* A job in memory shared by the processes. */
 typedef struct process_job {
     ranked_job job;
-    bool each_sees_one;              /* every process has one device, of another bus                     */
-    double patience;                 /* of the comm                                                      */
-    int refusing;                    /* this rank cannot open the memory of the others; -1: none         */
-    double seconds[4];               /* that a rank took to notice the end of another                    */
-    struct {                         /* of each rank                                                     */
-        const char *ways;            /* LLM_CUDA_RANKS; NULL: none                                       */
-        int version;                 /* of NCCL; 0: no stand-in                                          */
-        bool refuses, fails, shares; /* NCCL does not start; fails; the rank has the first rank's GPU    */
-        int n_reduced, n_gathered;   /* what NCCL did                                                    */
+    bool each_sees_one;              /* true: every process sees one device, each on its own bus          */
+    double patience;                 /* patience of the comm                                              */
+    int refusing;                    /* the rank that cannot open the memory of the others; -1: none      */
+    double seconds[4];               /* time that a rank needed to notice that another ended              */
+    struct {                         /* for each rank:                                                    */
+        const char *ways;            /* value of LLM_CUDA_RANKS; NULL: not set                            */
+        int version;                 /* version of NCCL; 0: the test's NCCL is not loaded                 */
+        bool refuses, fails, shares; /* NCCL does not start; NCCL fails later; uses the first rank's GPU  */
+        int n_reduced, n_gathered;   /* number of operations by NCCL                                      */
         llm_status status;
         char message[500];
     } ranks[4];
 } process_job;
 
-/* The loader finds the stand-in by its name from now on. Without a version it finds what the machine has. */
+/* Loads the test's NCCL, so that the library finds it by its name. If version is 0, the library finds the machine's
+   NCCL, if there is one. */
 static nccl_host_settings *load_nccl(const process_job *p, int rank) {
     const auto &r = p->ranks[rank];
     void *library = r.version ? dlopen("build/cuda_host/libnccl.so.2", RTLD_NOW | RTLD_LOCAL) : NULL;
@@ -1185,9 +1188,9 @@ static void run_process(llm_comm *comm, void *arg) {
     if (r.ways) setenv("LLM_CUDA_RANKS", r.ways, 1);
     nccl_host_settings *nccl = load_nccl(p, comm->rank);
     p->job.work(&p->job, comm->rank);
-    RANK_CHECK(cuda_host.n_live == 0, "something was not released");
+    RANK_CHECK(cuda_host.n_live == 0, "something was not freed");
     if (!nccl) return;
-    RANK_CHECK(nccl->n_live == 0, "a communicator was not ended");
+    RANK_CHECK(nccl->n_live == 0, "a communicator was not freed");
     r.n_reduced = nccl->n_reduced;
     r.n_gathered = nccl->n_gathered;
 }
@@ -1198,11 +1201,11 @@ static process_job *make_process_job(const tiny_spec *spec, llm_cuda_mode mode, 
     p->job = ranked_job{spec, mode, dtype, n, 1, {}, {}, {}, work, {}};
     p->refusing = -1;
     p->patience = 8;
-    for (auto &r : p->ranks) r.version = 21499; /* too old, whatever the machine has */
+    for (auto &r : p->ranks) r.version = 21499; /* too old, so NCCL is not used, even if the machine has it */
     return p;
 }
 
-/* Ranks whose processes have NCCL, and are told to use it. */
+/* A job whose processes have NCCL and LLM_CUDA_RANKS=nccl. */
 static process_job *make_nccl_job(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype, int n,
                                   void (*work)(ranked_job *job, int rank)) {
     process_job *p = make_process_job(spec, mode, dtype, n, work);
@@ -1220,7 +1223,7 @@ static void compare_findings(const findings *f, const findings *expected) {
     assert_int_equal(f->refused, LLM_ERROR_UNSUPPORTED);
 }
 
-/* n processes come to the same as one GPU. */
+/* The processes must give the same results as one GPU. */
 static void same_in_processes(process_job *p, way expected) {
     ranked_job one = {p->job.spec, p->job.mode, p->job.dtype, 1, 1, {}, {}, {}, run_rank, {}};
     run_job(&one);
@@ -1239,7 +1242,7 @@ static void test_processes(void **state) {
     same_in_processes(p, IN_GPUS);
 }
 
-/* If one rank cannot open the memory of another, all use the host's. */
+/* If one rank cannot open the memory of another, all use the host's memory. */
 static void test_processes_through_host(void **state) {
     (void)state;
     process_job *p = make_process_job(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, run_rank);
@@ -1247,9 +1250,9 @@ static void test_processes_through_host(void **state) {
     same_in_processes(p, IN_HOST);
 }
 
-/* Rank 1 is gone after five tokens of a text, in the middle of a burst: the others' kernels wait for it. */
+/* Rank 1 is killed after five tokens of a text, during a burst. The other ranks' kernels wait for it. */
 static bool leave_burst(void *user, llm_token, const char *, size_t) {
-    double *left = (double *)user; /* tokens until it is gone, 0: it stays; and when the last one came */
+    double *left = (double *)user; /* [0]: tokens until the process is killed, 0: never; [1]: time of the last token */
     left[1] = seconds_now();
     if (left[0] > 0 && --left[0] == 0) raise(SIGKILL);
     return true;
@@ -1274,15 +1277,16 @@ static void lose_process(ranked_job *job, int rank) {
     job->found[rank].refused = llm_generate(ctx, &text, NULL, &err);
     p->seconds[rank] = seconds_now() - left[1];
     RANK_CHECK(strstr(err.message, job->n_met[IN_NCCL] ? "another rank" : "rank 1"), err.message);
-    RANK_CHECK((job->mode == LLM_CUDA_GRAPH) == (cuda_host.n_graph_launches > 0), "do the ranks wait in a graph?");
-    RANK_CHECK(llm_generate(ctx, &text, NULL, &err) == LLM_ERROR_DEVICE, "the ranks are parted for ever");
+    RANK_CHECK((job->mode == LLM_CUDA_GRAPH) == (cuda_host.n_graph_launches > 0),
+               "the ranks must wait in a graph exactly in graph mode");
+    RANK_CHECK(llm_generate(ctx, &text, NULL, &err) == LLM_ERROR_DEVICE, "a pass after the failure must fail");
     llm_context_free(ctx);
     llm_model_free(model);
-    cuda_host.n_live = 0; /* mailboxes that others may have opened are not released */
+    cuda_host.n_live = 0; /* mailboxes that others may have opened are not freed */
 }
 
-/* With less than the usual patience: the stand-in's streams only work while the host waits for them, so a rank waits for the
-   comm first and for its kernels after that. On a GPU it waits for both at the same time. */
+/* Runs with less patience than usual: simulated streams only run while the host waits for them, so a rank first waits
+   for the comm and then for its kernels. On a GPU it waits for both at the same time. */
 static void dies_in_time(process_job *p, way expected) {
     int statuses[4];
     on_processes(3, 3, run_process, p, statuses);
@@ -1303,8 +1307,8 @@ static void test_dead_process(void **state) {
 
 /* ---- Ranks with NCCL ---- */
 
-/* To the bit, for all types and modes. TINY_ODD's shares are unequal. Most of the others' are equal for two ranks, so
-   that NCCL gathers a single row. */
+/* NCCL gives the same bits, for all types and modes. TINY_ODD's shares are unequal. Most shares of the other models are
+   equal for two ranks, so NCCL gathers single rows. */
 static void test_nccl(void **state) {
     (void)state;
     for (int n = 2; n <= 4; n++)
@@ -1315,7 +1319,7 @@ static void test_nccl(void **state) {
     same_in_processes(make_nccl_job(&SMALL, LLM_CUDA_EAGER, LLM_DTYPE_BF16, 2, run_rank), IN_NCCL);
 }
 
-/* Ranks that are threads of a process which has NCCL: their passes are not recorded. */
+/* Ranks that are threads of a process with NCCL. Their passes are not recorded. */
 static void run_threads(llm_comm *, void *arg) {
     process_job *p = (process_job *)arg;
     load_nccl(p, 0);
@@ -1334,7 +1338,7 @@ static void test_nccl_threads(void **state) {
     munmap(p, sizeof *p);
 }
 
-/* Logits of a context whose arrays have fewer rows than a recorded pass could have. */
+/* Computes logits in a context whose arrays have fewer rows than a recorded pass may have. */
 static void run_few_rows(ranked_job *job, int rank) {
     findings *f = &job->found[rank];
     llm_context_desc desc = {};
@@ -1370,11 +1374,11 @@ static void test_nccl_few_rows(void **state) {
     munmap(p, sizeof *p);
 }
 
-/* One rank cannot record a pass, so none launches a graph. */
+/* One rank cannot record a pass, so no rank may launch a graph. */
 static void forbid_recording(ranked_job *job, int rank) {
     cuda_host.can_record = rank != 1;
     run_rank(job, rank);
-    RANK_CHECK(cuda_host.n_graph_launches == 0, "a graph, which another rank does not have");
+    RANK_CHECK(cuda_host.n_graph_launches == 0, "a rank launched a graph that another rank lacks");
 }
 
 static void test_nccl_without_recording(void **state) {
@@ -1382,8 +1386,8 @@ static void test_nccl_without_recording(void **state) {
     same_in_processes(make_nccl_job(&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, forbid_recording), IN_NCCL);
 }
 
-/* Without being asked for, NCCL is used if the GPUs cannot use each other's memory. If it does not start on one rank,
-   the host's memory is used. */
+/* If LLM_CUDA_RANKS is not set, NCCL is used if the GPUs cannot access each other's memory. If NCCL does not start on
+   one rank, the host's memory is used. */
 static void test_nccl_unasked(void **state) {
     process_job *p;
     (void)state;
@@ -1402,7 +1406,7 @@ static void test_nccl_unasked(void **state) {
     same_in_processes(p, IN_GPUS);
 }
 
-/* Creates a context and runs a pass, and keeps what went wrong. */
+/* Creates a context and runs a pass. Keeps the status and the message. */
 static void try_pass(ranked_job *job, int rank) {
     auto &r = ((process_job *)job)->ranks[rank];
     const llm_token tokens[3] = {};
@@ -1418,7 +1422,7 @@ static void try_pass(ranked_job *job, int rank) {
     llm_model_free(model);
 }
 
-/* What is asked for and cannot be is an error in words, on all ranks. */
+/* If LLM_CUDA_RANKS requires a way that is impossible, all ranks get an error, and one message explains it. */
 static void refused(process_job *p, llm_status status, const char *words) {
     on_processes(2, 8, run_process, p, NULL);
     bool told = false;
@@ -1453,7 +1457,7 @@ static void test_nccl_refusals(void **state) {
         refused(p, LLM_ERROR_UNSUPPORTED, v.words);
         p = make();
         p->ranks[0].version = v.version;
-        p->ranks[0].ways = NULL; /* only the other rank asks for it */
+        p->ranks[0].ways = NULL; /* only the other rank requires NCCL */
         refused(p, LLM_ERROR_UNSUPPORTED, v.words);
     }
     p = make();
@@ -1480,7 +1484,7 @@ static void test_nccl_dead_process(void **state) {
     dies_in_time(make_nccl_job(&TINY_ODD, LLM_CUDA_FUSED, LLM_DTYPE_BF16, 3, lose_process), IN_NCCL);
 }
 
-/* Passes until one fails. If NCCL does not fail, rank 1 makes another call than the others after the fourth. */
+/* Runs passes until one fails. If NCCL does not fail, rank 1 makes a different call after the fourth pass. */
 static void pass_until_failure(ranked_job *job, int rank) {
     process_job *p = (process_job *)job;
     auto &r = p->ranks[rank];
@@ -1503,7 +1507,7 @@ static void pass_until_failure(ranked_job *job, int rank) {
         p->seconds[rank] = seconds_now() - start;
     }
     memcpy(r.message, err.message, sizeof r.message);
-    RANK_CHECK(llm_forward(ctx, NULL, &err), "the ranks are parted for ever");
+    RANK_CHECK(llm_forward(ctx, NULL, &err), "a pass after the failure must fail");
     llm_context_free(ctx);
     llm_model_free(model);
 }
@@ -1523,7 +1527,7 @@ static void test_nccl_failures(void **state) {
     }
 }
 
-/* Memory of another process is none of this one's before it is opened, and not after it is closed. */
+/* A process can only use another process's memory after it has opened it, and not after it has closed it. */
 static void use_foreign_memory(llm_comm *comm, void *arg) {
     cudaIpcMemHandle_t *handle = (cudaIpcMemHandle_t *)arg;
     void *own = NULL, *there = NULL;
@@ -1541,7 +1545,7 @@ static void use_foreign_memory(llm_comm *comm, void *arg) {
     comm->exchange(comm, &nothing, &flags, NULL);
     if (comm->rank == 1) {
         int sent = 42;
-        RANK_CHECK(cudaIpcOpenMemHandle(&there, *handle, 0) != cudaSuccess, "another device's, without access");
+        RANK_CHECK(cudaIpcOpenMemHandle(&there, *handle, 0) != cudaSuccess, "memory of another device needs access");
         RANK_CHECK(cudaIpcOpenMemHandle(&there, *handle, cudaIpcMemLazyEnablePeerAccess) == cudaSuccess, "opening");
         RANK_CHECK(cudaMemcpyAsync(there, &sent, 4, cudaMemcpyHostToDevice, stream) == cudaSuccess, "copying");
         RANK_CHECK(cudaStreamSynchronize(stream) == cudaSuccess, "copying");
@@ -1549,15 +1553,15 @@ static void use_foreign_memory(llm_comm *comm, void *arg) {
     comm->exchange(comm, &nothing, &flags, NULL);
     cuda_host.keeps_faults = true;
     if (comm->rank == 0) {
-        RANK_CHECK(*(int *)own == 42, "something else was written");
+        RANK_CHECK(*(int *)own == 42, "the memory has the wrong contents");
         cudaFree(own);
-        RANK_CHECK(cuda_host.faults.size() == 1, "memory is freed that is open");
+        RANK_CHECK(cuda_host.faults.size() == 1, "freeing open memory must be a fault");
     }
     comm->exchange(comm, &nothing, &flags, NULL);
     if (comm->rank == 1) {
         RANK_CHECK(cudaIpcCloseMemHandle(there) == cudaSuccess, "closing");
         RANK_CHECK(cudaIpcCloseMemHandle(there) != cudaSuccess, "closing twice");
-        RANK_CHECK(cudaIpcOpenMemHandle(&there, *handle, 1) != cudaSuccess, "it is no longer there");
+        RANK_CHECK(cudaIpcOpenMemHandle(&there, *handle, 1) != cudaSuccess, "freed memory cannot be opened");
     }
     cudaStreamDestroy(stream);
 }
@@ -1600,14 +1604,14 @@ static void compare_memory(ranked_job *job, int rank) {
     llm_model_free(model);
 }
 
-/* A context with ranks also has buffers for what they bring together. */
+/* The memory estimate includes the buffers for exchanges between ranks. */
 static void test_rank_memory(void **state) {
     ranked_job job = {&USUAL_HEADS, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, 1, {}, {}, {}, compare_memory, {}};
     (void)state;
     run_job(&job);
 }
 
-/* The host may run out of memory at any time of a model's and a context's making. */
+/* Any allocation on the host may fail while a model and a context are created. */
 static llm_status make_and_free(void *job, llm_error *err) {
     llm_model_desc desc = {};
     llm_context_desc context_desc = {};
@@ -1635,7 +1639,7 @@ static void test_host_out_of_memory(void **state) {
     starve(&h, make_and_free, &h, 7, "a model on the GPU");
 }
 
-/* What a token of a model of two layers costs the host; bench/README.md counts with these. */
+/* Counts the launches per token of a model with two layers. bench/README.md uses these numbers. */
 static void test_launches(void **state) {
     static const int expected[][2] = {{0, 1}, {1 + 2 * 5 + 1, 0}, {1 + 2 * 9 + 3, 0}}; /* kernels, graphs */
     (void)state;
@@ -1655,10 +1659,10 @@ static void test_launches(void **state) {
         desc.n_tokens = 1;
         desc.max_tokens = 20; /* one burst */
         desc.ignore_end = true;
-        assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_OK); /* likewise */
+        assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_OK); /* loads or records the remaining kernels */
         cuda_host.n_launches = cuda_host.n_graph_launches = 0;
         assert_int_equal(llm_generate(ctx, &desc, NULL, NULL), LLM_OK);
-        if (mode == LLM_CUDA_GRAPH) assert_int_equal(cuda_host.n_launches, 1); /* of the first picking */
+        if (mode == LLM_CUDA_GRAPH) assert_int_equal(cuda_host.n_launches, 1); /* picks the first token */
         if (mode == LLM_CUDA_GRAPH) assert_int_equal(cuda_host.n_graph_launches, 20);
         close_context(ctx);
     }
@@ -1679,7 +1683,7 @@ static void test_no_gpu(void **state) {
     assert_int_equal(cuda_host.n_live, 0);
 }
 
-/* The GPU that was the thread's when a model was loaded is the model's, whichever is the thread's later. */
+/* A model stays on the GPU that was the thread's current device when it was loaded. */
 static void test_other_device(void **state) {
     (void)state;
     llm_context *ctx = create(load(&TINY_ODD, llm_cuda_backend()));
@@ -1698,7 +1702,7 @@ static void test_other_device(void **state) {
     assert_true(llm_measure_bandwidth(ctx) > 0);
     close_context(ctx);
     assert_int_equal(cuda_host_device, 0);
-    cudaStream_t stream = NULL; /* memory of device 1 is none of device 0's */
+    cudaStream_t stream = NULL; /* device 0 cannot access memory of device 1 */
     void *there = NULL;
     assert_int_equal(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
     cuda_host_device = 1;
@@ -1711,8 +1715,8 @@ static void test_other_device(void **state) {
     cuda_host.n_devices = 1;
 }
 
-/* A chip without room for the inputs of products in shared memory computes the same bits. Its shared memory is the least
-   with which kernels can be launched. */
+/* A chip with too little shared memory for the inputs of products computes the same bits. It has the minimum of shared
+   memory with which kernels can be launched. */
 static void test_little_shared_memory(void **state) {
     (void)state;
     for (llm_dtype dtype : {LLM_DTYPE_BF16, LLM_DTYPE_INT4}) {
@@ -1738,7 +1742,8 @@ static void test_little_shared_memory(void **state) {
     }
 }
 
-/* Kernels overlap only if chip and code can do it: code for older chips does not wait for the kernel ahead. */
+/* Kernels only overlap if both the chip and the compiled code support it: code for older chips does not wait for the
+   previous kernel. */
 static void test_overlap(void **state) {
     static const struct {
         int major, ptx;
@@ -1762,7 +1767,7 @@ static void test_overlap(void **state) {
 
 static void keep_line(void *user, const char *line) { *(std::string *)user += line; }
 
-/* Where passes cannot be recorded, kernels are launched one by one, and the log says so. */
+/* If passes cannot be recorded, kernels are launched one by one, and the log says so. */
 static void test_no_recording(void **state) {
     llm_model_desc desc = {};
     llm_model *model = NULL;
@@ -1789,7 +1794,7 @@ static void test_no_recording(void **state) {
     close_context(ctx);
 }
 
-/* Prefill, decoding, a burst, scoring. */
+/* Runs a prefill (0), decoding (1), a burst (2) or scoring (3). */
 static llm_status work(llm_context *ctx, int what, llm_error *err) {
     static const llm_token tokens[20] = {};
     static const llm_token *const endings[] = {tokens + 10};
@@ -1807,8 +1812,8 @@ static llm_status work(llm_context *ctx, int what, llm_error *err) {
     return llm_generate(ctx, &text, NULL, err);
 }
 
-/* A model and a context, the n-th call failing; work that fails then is done again, and is the last. Returns what went
-   wrong. */
+/* Uses a model and a context while the n-th CUDA call fails. Work that fails is done again, which must succeed, and
+   then ends. Returns the status of the failure. */
 static llm_status a_life(int n, bool *failed, llm_error *err) {
     llm_context_desc desc = {};
     llm_context *ctx = NULL;
@@ -1828,7 +1833,7 @@ static llm_status a_life(int n, bool *failed, llm_error *err) {
     return status;
 }
 
-/* Whichever call fails, there is an error in words, and nothing stays behind. */
+/* Whichever call fails, there is an error message and no leak. */
 static void test_every_failure(void **state) {
     bool failed = true;
     int n;
@@ -1837,7 +1842,7 @@ static void test_every_failure(void **state) {
         llm_error err = {};
         llm_status status = a_life(n, &failed, &err);
         assert_int_equal(cuda_host.n_live, 0);
-        bool told = failed && !cuda_host.failed_recording; /* without a recording it goes on */
+        bool told = failed && !cuda_host.failed_recording; /* failing to record is not an error */
         assert_int_equal(status != LLM_OK, told);
         assert_int_equal(err.message[0] != 0, told);
     }
@@ -1847,7 +1852,7 @@ static void test_every_failure(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-#ifdef CUDA_HOST_RUNTIME_H /* these fork, so they come while the process is small */
+#ifdef CUDA_HOST_RUNTIME_H /* these fork, so they run first, while the process is small */
         cmocka_unit_test(test_processes),
         cmocka_unit_test(test_processes_through_host),
         cmocka_unit_test(test_dead_process),

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Fuzzing: runs each target of tests/fuzz/fuzz.c for FUZZ_SECONDS (30), one on each processor at a time. Inputs that reach
-# new code are kept in build/fuzz/corpus. Inputs that fail are kept in build/fuzz/findings and are tried first next time.
-# Once the bug is fixed, move the input to tests/fuzz/regressions/TARGET.
+# Fuzzing: runs each target of tests/fuzz/fuzz.c for FUZZ_SECONDS (default 30), one target per processor at a time. Inputs that
+# reach new code are kept in build/fuzz/corpus. Inputs that fail are kept in build/fuzz/findings and are tried first in the next
+# run. When the bug is fixed, move the input to tests/fuzz/regressions/TARGET.
 . tests/tap.sh
 here=$(dirname "$0")/fuzz
 seconds=${FUZZ_SECONDS:-30}
@@ -18,14 +18,14 @@ most_bytes() {
     esac
 }
 
-# Fuzzes one target and keeps its exit code.
+# Fuzzes one target and saves its exit code.
 fuzz() {
     "$here/$1" -max_total_time="$seconds" -max_len="$(most_bytes "$1")" -timeout=30 -rss_limit_mb=2000 -print_final_stats=1 \
         -dict="$here/corpus/$1.dict" -artifact_prefix="$here/findings/$1-" "$here/corpus/$1" >"$here/$1.log" 2>&1
     echo $? >"$here/$1.code"
 }
 
-# The files of the second kind are tried by the target, without any change to them.
+# Runs a target once on each file, unchanged:  tries TARGET FILE...
 tries() {
     target=$1
     shift
@@ -34,7 +34,7 @@ tries() {
 }
 
 shows_why() {
-    grep -E 'this is not so|runtime error|ERROR|released|it took|asked for|^Running: |Test unit|^    #[0-9] ' "$here/$1.log" | tail -n 20 | sed 's/^/# /'
+    grep -E 'failed check|runtime error|ERROR|not freed|too slow|too much memory|^Running: |Test unit|^    #[0-9] ' "$here/$1.log" | tail -n 20 | sed 's/^/# /'
     return 1
 }
 
@@ -44,7 +44,7 @@ passed() {
     [ "$(cat "$here/$1.code")" -eq 0 ] || shows_why "$1"
 }
 
-# Packs the seeds of GGUF files.
+# Makes packed files from the seeds that are GGUF files.
 packs() {
     mkdir -p "$1/packed"
     rm -f "$1"/packed/seed-*
@@ -54,15 +54,15 @@ packs() {
 mkdir -p "$here/corpus" "$here/findings"
 for target in $targets; do ln -sf fuzz "$here/$target"; done
 check "the seeds are made" python3 tests/fuzz/seeds.py "$here/corpus"
-check "the seeds that are packed files" packs "$here/corpus"
+check "the seeds are packed" packs "$here/corpus"
 export FUZZ_ALL_GOOD=1
 for target in gguf packed safetensors tokenizer.json tokenizer.model pth grammar; do
     check "the seeds are good: $target" tries "$target" "$here/corpus/$target"/seed-*
 done
 unset FUZZ_ALL_GOOD
 for target in $targets; do
-    check "what failed once: $target" tries "$target" tests/fuzz/regressions/"$target"/*
-    check "what failed here: $target" tries "$target" "$here/findings/$target"-*
+    check "earlier findings: $target" tries "$target" tests/fuzz/regressions/"$target"/*
+    check "findings on this machine: $target" tries "$target" "$here/findings/$target"-*
 done
 
 n_running=0

@@ -1,7 +1,6 @@
-/* Grammars: which texts a regular expression or a JSON Schema allows, as Python's re and jsonschema say (grammar.py), and GBNF;
-   answers with a grammar are whole and valid, with streams and drafts, too; tokens that a grammar forces take few passes
-   and change nothing; masks of a whole vocabulary; a mask of the
-   host; bad grammars are refused in words.
+/* Grammars: regular expressions and JSON Schemas allow the same texts as Python's re and jsonschema (grammar.py); GBNF;
+   answers with a grammar are complete and valid, also in streams and with drafts; forced tokens need few passes and do
+   not change the answer; masks of a whole vocabulary; a host's mask; bad grammars are refused with a message.
    Variants: asan */
 #include "tests/check.h"
 #include <jansson.h>
@@ -53,7 +52,7 @@ static void test_golden(void **state) {
             bool valid = json_is_true(json_array_get(json_array_get(cases, i), 1));
             if ((llm_grammar_check(g, bytes, length) == 1) != valid)
                 fail_msg("%s: '%s' should be %s", text, bytes, valid ? "valid" : "invalid");
-            for (size_t k = 0; k < length && valid; k++) /* each beginning of an answer can go on */
+            for (size_t k = 0; k < length && valid; k++) /* each prefix of a valid answer must be allowed */
                 if (llm_grammar_check(g, bytes, k) < 0) fail_msg("%s: the first %d bytes of '%s'", text, (int)k, bytes);
         }
         llm_grammar_free(g);
@@ -63,7 +62,7 @@ static void test_golden(void **state) {
 
 static void test_gbnf(void **state) {
     static const struct {
-        const char *grammar, *valid, *invalid; /* answers with | between them */
+        const char *grammar, *valid, *invalid; /* answers separated by | */
     } cases[] = {
         {"root ::= \"a\" | \"b\" root", "a|ba|bba", "b|ab|"},
         {"root ::= (item \",\")* item\nitem ::= [a-z]+ # a comment", "x|x,y|ab,c,d", ",|x,|X"},
@@ -106,7 +105,7 @@ static const char *const SCHEMA = "{\"type\":\"object\",\"properties\":{\"name\"
                                   "\"red\",\"blue\"]},\"maxItems\":3}},"
                                   "\"required\":[\"name\",\"age\",\"tags\"],\"additionalProperties\":false}";
 
-/* An answer at a temperature at which the random model says anything. */
+/* Generates an answer at a temperature at which the random model draws any token. */
 static llm_stats ask(llm_context *ctx, llm_grammar *g, uint64_t seed, llm_draft *draft, int max_tokens, answer *a) {
     llm_sampler sampler = {.temperature = 4, .seed = seed};
     llm_stats stats;
@@ -154,7 +153,7 @@ static void test_answers(void **state) {
     llm_context_free(ctx);
 }
 
-/* Streams with grammars beside others without; a grammar serves one of them. */
+/* Streams with and without grammars run together. A grammar can only be used by one stream at a time. */
 static void test_streams(void **state) {
     enum { N = 6 };
     llm_context_desc desc = {.n_threads = 2, .n_seq = N, .n_logits = N};
@@ -212,7 +211,7 @@ typedef struct told {
     char text[2 * MOST_TOKENS];
     float chosen[MOST_TOKENS];
     llm_log_prob top[MOST_TOKENS][2];
-    int n, n_log_probs, refuse_at, cancel_at; /* 0: it is not refused, not cancelled */
+    int n, n_log_probs, refuse_at, cancel_at; /* 0: never refused, never cancelled */
     size_t n_text;
     uint64_t n_drawn;
 } told;
@@ -247,7 +246,7 @@ static bool told_enough(void *user) {
     return t->cancel_at && t->n >= t->cancel_at;
 }
 
-/* What comes out if each token takes a pass of its own. */
+/* Generates the expected answer, with one pass per token. */
 static void tell_one_by_one(llm_grammar *g, const char *prompt, llm_sampler sampler, told *t) {
     llm_context *ctx = create_context(model, NULL);
     const llm_tokenizer *tokenizer = llm_model_tokenizer(model);
@@ -269,7 +268,8 @@ static void tell_one_by_one(llm_grammar *g, const char *prompt, llm_sampler samp
         llm_log_probs(ctx, batch.n_tokens - 1, token, &t->chosen[t->n], t->top[t->n], 2);
         t->ids[t->n++] = token;
         t->n_text += llm_stream_token(tokenizer, &stream, token, t->text + t->n_text, sizeof t->text - t->n_text);
-        goes_on = llm_grammar_check(g, t->text, t->n_text) != 1; /* here nothing can follow a whole answer */
+        /* With this grammar, nothing can follow a complete answer. */
+        goes_on = llm_grammar_check(g, t->text, t->n_text) != 1;
         batch.n_tokens = 1;
         batch.tokens = &token;
     }
@@ -277,7 +277,7 @@ static void tell_one_by_one(llm_grammar *g, const char *prompt, llm_sampler samp
     llm_context_free(ctx);
 }
 
-/* The answer is the first n tokens of `all`, and the sequence has all of it but the last token. */
+/* The answer must be the first n tokens of `all`, and the sequence must hold all of them except the last. */
 static void assert_told(const told *t, const told *all, int n, const llm_context *ctx, const llm_stats *stats) {
     assert_int_equal(t->n, n);
     assert_int_equal(stats->n_generated, n);
@@ -305,7 +305,7 @@ static llm_stats tell(llm_context *ctx, llm_generate_desc *desc, told *t, int re
     return stats;
 }
 
-/* Everything that can end an answer, after each of its tokens. */
+/* Ends the answer in every possible way, after different numbers of tokens. */
 static void end_everywhere(llm_context *ctx, const llm_generate_desc *desc, const told *all) {
     static told t;
     for (int k = 2; k < all->n; k += 3) {
@@ -323,7 +323,7 @@ static void end_everywhere(llm_context *ctx, const llm_generate_desc *desc, cons
         d.cancel = told_enough;
         stats = tell(ctx, &d, &t, 0, k);
         assert_true(stats.stop == LLM_STOP_CALLBACK || (d.draft && stats.stop == LLM_STOP_END));
-        /* Guesses of a draft that one pass checks are all told before `cancel` is asked again. */
+        /* With a draft, all right guesses of a pass are reported before `cancel` is called again. */
         if (d.draft) assert_in_range(t.n, k, k + LLM_DRAFT_MAX);
         assert_told(&t, all, d.draft ? t.n : k, ctx, &stats);
         d = *desc;
@@ -381,7 +381,7 @@ static void test_forced(void **state) {
             assert_true(stats.draft.n_accepted >= stats.n_generated / 4);
             if (!drafted) {
                 assert_int_equal(stats.draft.n_accepted, stats.draft.n_proposed);
-                /* the answer's last token may be a guess, too */
+                /* the last token of the answer may be a guess */
                 assert_in_range(stats.n_decode_passes + stats.draft.n_accepted, stats.n_generated - 1,
                                 stats.n_generated);
             }
@@ -394,8 +394,7 @@ static void test_forced(void **state) {
     llm_grammar_free(g);
 }
 
-/* Full sequences and caches, and biases, a mask and a NaN that a forced token must not hide. */
-/* XTC and mirostat have a state that each token changes, a forced one, too. */
+/* XTC and mirostat have a state that each token changes, also a forced one. */
 static void test_forced_states(void **state) {
     llm_grammar *g = grammar_of(llm_grammar_from_json_schema, FORCED);
     static told all, t;
@@ -420,6 +419,7 @@ static void test_forced_states(void **state) {
     llm_grammar_free(g);
 }
 
+/* Forced tokens stop at a full sequence and a full cache, and do not hide an error in the biases. */
 static void test_forced_limits(void **state) {
     llm_grammar *g = grammar_of(llm_grammar_from_json_schema, FORCED);
     llm_sampler sampler = {.temperature = 3, .seed = 5};
@@ -445,7 +445,7 @@ static void test_forced_limits(void **state) {
     assert_told(&t, &all, LLM_CACHE_BLOCK - stats.n_prompt + 1, ctx, &stats);
     llm_context_free(ctx);
     ctx = create_context(model, NULL);
-    llm_logit_bias bias = {'k', -INFINITY}; /* of "kind" */
+    llm_logit_bias bias = {'k', -INFINITY}; /* forbids the "k" of "kind" */
     sampler.biases = &bias;
     sampler.n_biases = 1;
     sampler.n_drawn = 0;
@@ -457,7 +457,7 @@ static void test_forced_limits(void **state) {
     llm_grammar_free(g);
 }
 
-/* Streams with forced tokens beside streams that read long prompts, in passes of a few tokens. */
+/* Streams with forced tokens run together with streams that read long prompts, in passes of few tokens. */
 static void test_forced_streams(void **state) {
     enum { N = 4 };
     static told all[N], t[N];
@@ -506,7 +506,7 @@ static void test_forced_streams(void **state) {
 
 /* ---- Masks ---- */
 
-/* The mask of a whole vocabulary is what llm_grammar_check says of the text with each token behind it. */
+/* The mask must allow exactly the tokens with which llm_grammar_check allows the longer text. */
 static void check_masks(const llm_tokenizer *tokenizer, make_grammar *make, const char *grammar, const char *text) {
     enum { ROOM = 256 };
     int n_vocab = llm_tokenizer_n_vocab(tokenizer), n_allowed = 0;
@@ -576,9 +576,9 @@ static void test_masks(void **state) {
     llm_tokenizer_free(tokenizer);
 }
 
-/* ---- A mask of the host ---- */
+/* ---- A host's mask ---- */
 
-/* Allows the token that follows the last one in the alphabet, and nothing else. */
+/* Only allows the letter that follows the last one in the alphabet. */
 static void next_letter(void *user, const llm_token *tokens, int n, float *logits, int n_vocab) {
     llm_token next = tokens[n - 1] == 'z' ? 'a' : tokens[n - 1] + 1;
     ++*(int *)user;
@@ -718,7 +718,7 @@ static void test_bad(void **state) {
 
 typedef struct starved {
     make_grammar *make;
-    const char *text, *answer; /* the beginning of an answer */
+    const char *text, *answer; /* answer: the beginning of an answer */
     llm_host host;
     llm_context *ctx;
 } starved;
@@ -735,7 +735,7 @@ static llm_status make_starved(void *user, llm_error *err) {
     return status;
 }
 
-/* The same, with an answer. */
+/* Makes the grammar and generates an answer. */
 static llm_status answer_starved(void *user, llm_error *err) {
     starved *job = (starved *)user;
     llm_grammar *g = NULL;
@@ -766,7 +766,7 @@ static const char *const REFERENCES =
     "\"$anchor\":\"n\",\"properties\":{\"c\":{\"prefixItems\":[true],\"unevaluatedItems\":false}},\"required\":[\"c\"]}"
     "}}";
 
-/* Memory may run out at any allocation. */
+/* Any allocation may fail. */
 static void test_memory(void **state) {
     heap h = {0};
     starved job = {llm_grammar_from_regex, "[a-e]{3,40}(-[0-9]{2})*", "abc", heap_host(&h),

@@ -1,6 +1,6 @@
-/* llm_model_save_packed: the file, loaded again, has the bits of the model it was made of, in weights, logits, tokens
-   and metadata, for each type of weights; it is the same file for every instruction set. Hostile files, failing
-   allocations, ranks, and processes that share its memory.
+/* llm_model_save_packed: a loaded packed file has the same weights, logits, tokens and metadata as the model it was
+   made from, for each type of weights. The file is the same for every instruction set. Also hostile files, failing
+   allocations, ranks, and processes that share the file's memory.
    Variants: asan cross */
 #include "tests/check.h"
 #include "tests/tiny.h"
@@ -19,7 +19,7 @@ static const char *golden(const char *name) {
     return golden_path(inner);
 }
 
-/* A path in the folder at which there is no file. */
+/* Returns the path of a file that does not exist yet, in the test's folder. */
 static const char *new_path(void) {
     static char paths[4][128];
     static int next;
@@ -85,7 +85,7 @@ static void assert_same_info(const llm_model *a, const llm_model *b) {
     assert_null(llm_model_meta_key(b, i));
 }
 
-/* Logits after a prompt, which is computed as a batch, and after single tokens. */
+/* Returns the logits after a prompt, which is computed as a batch, and after single tokens. Free them with free(). */
 static float *logits_of(const llm_model *model) {
     enum { PROMPT = 40, SINGLE = 4 };
     llm_context_desc desc = {.n_ctx = 64, .n_threads = 1};
@@ -113,7 +113,7 @@ static void assert_same_logits(const llm_model *a, const llm_model *b) {
     free(y);
 }
 
-/* Reads a file from memory, and counts the bytes. */
+/* A read callback's file in memory, and the number of bytes read. */
 typedef struct reader {
     bytes file;
     uint64_t n_read;
@@ -150,11 +150,11 @@ static void round_trip(llm_model *model) {
     llm_model_free(other);
     r.n_read = 0;
     assert_int_equal(llm_model_read_info_callback(read_bytes, &r, r.file.n, NULL, &info, &err), LLM_OK);
-    assert_true(r.n_read == LLM__PACKED_START + llm__bytes_u64(r.file.at + 24)); /* no weights */
+    assert_true(r.n_read == LLM__PACKED_START + llm__bytes_u64(r.file.at + 24)); /* weights are not read */
     assert_string_equal(info.held, wanted.held);
     assert_true(info.weight_bytes == wanted.weight_bytes && info.dtype == wanted.dtype);
     other = load_memory(memcpy(second.at, r.file.at, r.file.n), second.n, &check);
-    memset(second.at, 0, second.n); /* the memory is not used any more */
+    memset(second.at, 0, second.n); /* the model must not use this memory any more */
     assert_same_logits(model, other);
     llm_model_free(other);
     if (llm_tokenizer_load(&tokenizer, path, NULL, &err)) fail_msg("%s", err.message);
@@ -195,7 +195,7 @@ static void test_formats(void **state) {
     round_trip(load_model(golden_path("sparse/int8"), NULL));
 }
 
-/* The files are the same for every instruction set that this machine has, and for every machine and compiler. */
+/* All instruction sets of this machine, and all machines and compilers, give the same file. */
 static void test_same_file(void **state) {
     static const char *const sets[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"};
     static const struct {
@@ -276,7 +276,7 @@ static void test_refusals(void **state) {
         if (at >= 64 && !strstr(err.message, "altered")) fail_msg("%s", err.message);
         file.at[at] = first[at];
     }
-    for (size_t at = n_header; at < file.n; at += 997) { /* a weight: only with desc.check */
+    for (size_t at = n_header; at < file.n; at += 997) { /* a changed weight is only noticed with desc.check */
         file.at[at] ^= 1;
         refuses(file.at, file.n, &check, LLM_ERROR_FORMAT, "weights of this packed file were altered");
         llm_model_free(load_memory(file.at, file.n, NULL));
@@ -290,7 +290,7 @@ static void test_refusals(void **state) {
     seal(file);
     refuses(file.at, file.n, NULL, LLM_ERROR_UNSUPPORTED, "this is version 2 of packed files");
     memcpy(file.at, first, file.n);
-    for (size_t at = 64; at + 2 < n_header; at++) /* a type that this version does not know */
+    for (size_t at = 64; at + 2 < n_header; at++) /* an unknown type */
         if (!memcmp(file.at + at, "\2\0\0\0\0\0\0\0q8", 10)) {
             file.at[at + 9] = '9';
             seal(file);
@@ -305,8 +305,8 @@ static void test_refusals(void **state) {
     free(file.at);
 }
 
-/* A header with the right checksum that names another type for the weights than theirs is refused, or the model computes.
-   A context's buffers depend on the type. */
+/* A header has the right checksum but names another type of weights. The file must be refused, or the model must work:
+   the size of a context's buffers depends on the type. */
 static void test_other_types(void **state) {
     (void)state;
     for (int held = LLM_DTYPE_F32; held <= LLM_DTYPE_FILE; held++) {
@@ -334,7 +334,7 @@ static void test_other_types(void **state) {
     }
 }
 
-/* A 2:4 matrix has no zeros in the file, so they cannot be kept. */
+/* Packed files do not store the zeros of 2:4 matrices, so keep_zeros is refused. */
 static void test_keep_zeros(void **state) {
     const char *path = new_path();
     llm_model *model = load_model(golden_path("sparse/bf16"), NULL);
@@ -348,11 +348,11 @@ static void test_keep_zeros(void **state) {
     free(file.at);
     assert_int_equal(remove(path), 0);
     file = small_file();
-    llm_model_free(load_memory(file.at, file.n, &keep)); /* it has none */
+    llm_model_free(load_memory(file.at, file.n, &keep)); /* accepted: the file has no 2:4 matrices */
     free(file.at);
 }
 
-/* The second time that the beginning is read, the header is longer. */
+/* Returns a longer header size when the beginning is read for the second time. */
 static bool read_changing(void *user, uint64_t offset, void *to, size_t n) {
     reader *r = (reader *)user;
     memcpy(to, r->file.at + offset, n);
@@ -378,7 +378,7 @@ static void test_bad_callbacks(void **state) {
     free(r.file.at);
 }
 
-/* Headers with the right checksum, but with bytes of no sense: an error in words, or a model that works. */
+/* Headers with the right checksum but random bytes give an error message, or a model that works. */
 static void test_damaged(void **state) {
     bytes file = small_file();
     const size_t n_header = (size_t)llm__bytes_u64(file.at + 24);
@@ -420,13 +420,13 @@ static void test_damaged(void **state) {
         assert_all_returned(&h);
         memcpy(file.at, first, n_header);
     }
-    print_message("%d of them load\n", n_loaded);
+    print_message("%d of the damaged files load\n", n_loaded);
     assert_true(n_loaded > 0);
     free(first);
     free(file.at);
 }
 
-/* What saving refuses, and that nothing is left behind. */
+/* Saving refuses existing files and bad paths, and leaves no files behind. */
 static void test_saving(void **state) {
     const char *path = new_path();
     llm_model *model = load_tiny(&TINY_ODD, LLM_DTYPE_FILE);
@@ -497,7 +497,7 @@ static void test_starved(void **state) {
     assert_int_equal(remove(path), 0);
 }
 
-/* A model that is shared by ranks is refused. */
+/* Ranks cannot share a packed file. */
 static void test_ranks(void **state) {
     const char *path = new_path();
     llm_model *model = load_tiny(&TINY_ODD, LLM_DTYPE_FILE);
@@ -516,7 +516,7 @@ static void test_ranks(void **state) {
 }
 
 #if defined(__linux__)
-/* Memory of the process's own in its mapping of a file, in kB, and all of the mapping that is in memory. */
+/* Reads the private and the resident memory of this process's mapping of a file, in kB. */
 static void mapped_memory(const char *path, long *own, long *resident) {
     char line[512];
     bool inside = false;
@@ -532,7 +532,7 @@ static void mapped_memory(const char *path, long *own, long *resident) {
     fclose(maps);
 }
 
-/* Two processes compute with one file. Neither has memory of its own for the weights. */
+/* Two processes compute with one file. Neither has private memory for the weights. */
 static void test_two_processes(void **state) {
     const char *path = new_path();
     tiny_spec spec = {2, 512, 1024, 4, 2, 128, 512, 43, 1, 8, 1};
@@ -582,13 +582,13 @@ static int make_folder(void **state) {
 
 static int remove_folder(void **state) {
     (void)state;
-    return rmdir(folder); /* each test has removed its files */
+    return rmdir(folder); /* fails if a test has left a file */
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
 #if defined(__linux__)
-        cmocka_unit_test(test_two_processes), /* forks, so it comes before threads */
+        cmocka_unit_test(test_two_processes), /* forks, so it must run before threads exist */
 #endif
         cmocka_unit_test(test_types),
         cmocka_unit_test(test_formats),

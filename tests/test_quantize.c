@@ -1,6 +1,6 @@
-/* llm_quantize_directory: its directory, loaded as int8, has the same bits as the original directory loaded as int8.
+/* llm_quantize_directory: the new directory, loaded as int8, has the same bits as the original loaded as int8.
    llm_quantize_gguf: the blocks have the bytes of ggml's reference quantisers, and the rest of the file is copied.
-   llm_prune_directory and directories in compressed-tensors' sparse-24-bitmask, against golden/sparse.py.
+   llm_prune_directory, and directories in compressed-tensors' sparse-24-bitmask, are compared with golden/sparse.py.
    Variants: asan */
 #include "tests/check.h"
 #include "tests/tiny.h"
@@ -31,7 +31,7 @@ static void refuses(const char *from, const char *to, llm_status expected, const
     assert_all_returned(&h);
 }
 
-/* The bytes of a model's matrices. */
+/* Hashes the bytes of a model's matrices. */
 static uint64_t hash_model_as(const char *path, llm_dtype dtype, uint64_t *file_bytes) {
     llm_model_desc desc = {.dtype = dtype, .n_threads = 1};
     llm_model *model = NULL;
@@ -101,7 +101,7 @@ static const char *golden_sparse(const char *name) {
     return golden_path(inner);
 }
 
-/* As NumPy prunes and quantises, in all bits of the matrices. */
+/* Pruned and quantised matrices have the same bits as those that NumPy makes. */
 static void test_pruned(void **state) {
     static const llm_dtype dtypes[] = {LLM_DTYPE_BF16, LLM_DTYPE_INT8};
     (void)state;
@@ -126,7 +126,7 @@ static uint8_t *find_bytes(bytes b, const void *what, size_t n) {
     return NULL;
 }
 
-/* The place of a tensor's data in a safetensors file. */
+/* Returns the address of a tensor's data in a safetensors file. */
 static uint8_t *find_data(bytes file, const char *name) {
     uint64_t header;
     memcpy(&header, file.at, 8);
@@ -143,7 +143,7 @@ static void copy_with(const char *from, const char *to, bytes tensors) {
     write_file(path, tensors.at, tensors.n);
 }
 
-/* Weights that are no numbers are refused, and so are rows that four does not divide. */
+/* Weights that are not finite as bf16 are refused, and so are rows whose length is not a multiple of four. */
 static void test_not_pruned(void **state) {
     static const uint32_t bad[] = {0x7FC00000, 0xFF800000, 0x7F7FFFFF}; /* NaN, -infinity, the largest f32 */
     char in[128], out[128];
@@ -190,7 +190,8 @@ static void refuses_to_load(const char *path, const char *words) {
     assert_all_returned(&h);
 }
 
-/* Files with 2:4 sparsity are held so, however they store it. What only the weights tell, read_info does not know. */
+/* Matrices with 2:4 sparsity are held as 2:4, however the file stores them. llm_model_read_info does not read the
+   weights, so it does not know. */
 static void test_held(void **state) {
     static const struct {
         const char *name, *held, *known;
@@ -221,7 +222,8 @@ static void test_held(void **state) {
     }
 }
 
-/* Weights that are not finite keep a matrix from being held as 2:4, and so does a third weight of four in its last row. */
+/* A matrix is not held as 2:4 if it has a weight that is not finite, or three of four weights that are not zero, even
+   if only in its last row. */
 static void test_not_held(void **state) {
     static const uint16_t weights[] = {0x7FC0, 0xFF80, 0x3F80};
     char in[128];
@@ -261,7 +263,7 @@ static bool read_at(void *user, uint64_t offset, void *to, size_t n) {
     return true;
 }
 
-/* A GGUF file through a callback is read in parts, and held the same way. */
+/* A GGUF file read in parts through a callback is held in the same way. */
 static void test_held_from_callback(void **state) {
     llm_model *model = NULL;
     llm_error err;
@@ -339,7 +341,7 @@ static void test_bad_bitmasks(void **state) {
 
 static void copy_config(llm__env *env, void *arg) { llm__quantize_config(env, (const llm__quantize_args *)arg); }
 
-/* A config.json that is no object any more when it is copied. */
+/* A config.json that is not an object any more when it is copied is an error. */
 static void test_config_that_changes(void **state) {
     llm__pool pool;
     llm__env env;
@@ -359,7 +361,7 @@ static void test_config_that_changes(void **state) {
     llm__pool_free(&pool);
 }
 
-/* Each allocation fails once; what was begun does not stay open. */
+/* Each allocation fails once. No file may stay open. */
 typedef struct starved {
     heap h;
     int n_tries;
@@ -388,13 +390,13 @@ static void test_starved(void **state) {
 
 /* ---- GGUF files ---- */
 
-enum { N_GOLDEN_TYPES = 10 }; /* in quantize.bin: all but F32 */
+enum { N_GOLDEN_TYPES = 10 }; /* types in quantize.bin: all except F32 */
 
-/* Two layers; the rows of ffn_down are no whole blocks. */
+/* Two layers; the rows of ffn_down are not multiples of a block. */
 static const tiny_spec with_odd_rows = {2, 64, 72, 2, 1, 32, 512, 43, 1, 0, 1};
 static const tiny_spec of_whole_blocks = {2, 256, 256, 4, 2, 64, 512, 43, 1, 0, 1};
 
-/* Rows encoded as the reference does. */
+/* Rows are encoded as by the reference. */
 static void test_blocks(void **state) {
     bytes b = read_file(golden_path("quantize.bin"));
     int32_t n, kind[2], n_kinds = 0;
@@ -416,7 +418,7 @@ static void test_blocks(void **state) {
     free(b.at);
 }
 
-/* Scales too small for their inverse, or too large for f16. */
+/* Blocks with scales that are too small to be inverted, or too large for f16. */
 static void test_extreme_blocks(void **state) {
     static const float ends[] = {0, -0.0f, 1e-45f, -1e-45f, 1e-39f, -1e-38f, 65504, -65504};
     float weights[256], read[256];
@@ -461,7 +463,7 @@ static void parse(parsed *p, const void *data, size_t size) {
     if (llm__env_run(&env, parse_body, p)) fail_msg("%s", err.message);
 }
 
-/* The type of a matrix. Mixes have Q6_K in layer 1, the last of the two. */
+/* Returns the expected type of a matrix. Mixes use Q6_K for some matrices of layer 1, the last of the two. */
 static llm__file_type expected_type(const llm__checkpoint *ck, const llm__tensor *t, const llm__gguf_recipe *recipe) {
     static const llm__file_type smaller[] = {LLM__Q5_0, LLM__Q5_1, LLM__Q8_0};
     llm__file_type type = recipe->type;
@@ -474,7 +476,7 @@ static llm__file_type expected_type(const llm__checkpoint *ck, const llm__tensor
     return t->cols % llm__file_type_find(type)->block_weights ? LLM__F16 : type;
 }
 
-/* Each tensor is the encoded original; each key but two has its value. */
+/* Each tensor of b must be the encoded tensor of a, and each key of a must have the same value; b has two more keys. */
 static void compare_files(const llm__checkpoint *a, const llm__checkpoint *b, const llm__gguf_recipe *recipe) {
     assert_int_equal(a->n_tensors, b->n_tensors);
     for (size_t i = 0; i < a->n_tensors; i++) {
@@ -487,7 +489,7 @@ static void compare_files(const llm__checkpoint *a, const llm__checkpoint *b, co
         for (uint64_t r = 0; r < x->rows; r++) {
             x->type->decode(x->data + r * x->row_bytes, x->cols, row);
             llm__encode_find(y->type->type)(row, x->cols, made);
-            if (x->type == y->type) memcpy(made, x->data + r * x->row_bytes, x->row_bytes); /* it is copied */
+            if (x->type == y->type) memcpy(made, x->data + r * x->row_bytes, x->row_bytes); /* copied unchanged */
             assert_memory_equal(made, y->data + r * y->row_bytes, y->row_bytes);
         }
         free(made);
@@ -521,7 +523,7 @@ static void compare_gguf(const tiny_spec *spec, const llm__gguf_recipe *recipe) 
     llm__pool_free(&a.pool);
     llm__pool_free(&b.pool);
     llm_model_free(load_model(to, NULL));
-    /* What is converted again has the same bytes. */
+    /* Converting the file again gives the same bytes. */
     assert_int_equal(remove(to), 0);
     if (to_gguf(made.at, made.n, to, recipe->name, &err)) fail_msg("%s", err.message);
     bytes again = read_file(to);
@@ -544,7 +546,7 @@ static void test_gguf(void **state) {
     }
 }
 
-/* Which layers of a mix have more bits. */
+/* The right layers of a mix have more bits. */
 static void test_gguf_mix(void **state) {
     tiny_spec spec = {17, 256, 256, 1, 1, 32, 64, 3, 1, 0, 1};
     char to[128];
@@ -558,7 +560,7 @@ static void test_gguf_mix(void **state) {
     bytes made = read_file(to);
     parse(&p, made.at, made.n);
     for (int i = 0; i < 17; i++) {
-        static const char more[] = "11001001001001111"; /* as llama.cpp chooses */
+        static const char more[] = "11001001001001111"; /* llama.cpp's choice */
         char name[64];
         llm__file_type type = more[i] == '1' ? LLM__Q6_K : LLM__Q4_K;
         snprintf(name, sizeof name, "blk.%d.attn_v.weight", i);
@@ -583,7 +585,7 @@ static bool read_bytes(void *user, uint64_t offset, void *to, size_t n) {
     return true;
 }
 
-/* The same file from a path, from memory, and from a function; a split model becomes one file. */
+/* The result is the same from a path, from memory, and through a callback. A split model becomes one file. */
 static void test_gguf_sources(void **state) {
     static const char *const names[] = {"llama.gguf", "llama3.gguf", "sharded-00001-of-00003.gguf"};
     llm_quantize_desc desc = {.type = "Q8_0", .n_threads = 1};
@@ -681,7 +683,7 @@ static void test_gguf_refusals(void **state) {
     free(b.at);
 }
 
-/* Damaged headers give an error in words, or a file. */
+/* A damaged header gives an error message, or a file. */
 static void test_gguf_damaged(void **state) {
     tiny_spec spec = with_odd_rows;
     llm_error err;

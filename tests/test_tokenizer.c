@@ -1,5 +1,5 @@
-/* Tokenizers: the default model's ids against Hugging Face's (tokenizer/golden.py), Unicode tables against Python's,
-   small vocabularies written by hand, streams, hostile files, failing allocations, threads.
+/* Tokenizers: the default model's ids compared with Hugging Face's (tokenizer/golden.py), Unicode tables compared with
+   Python's, small handwritten vocabularies, streams, hostile files, failing allocations, threads.
    Variants: asan tsan cross */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION
@@ -32,14 +32,14 @@ static void check_hash(const char *what, uint64_t hash, const json_t *expected) 
         fail_msg("%s: hash %s, not %s", what, text, json_string_value(expected));
 }
 
-/* ---- Small vocabularies by hand ---- */
+/* ---- Small handwritten vocabularies ---- */
 
 typedef struct vocabulary {
     bool sentencepiece;
     const char *pre;
     int n, n_merges;
     const char *const *pieces;
-    const char *const *merges; /* two for each */
+    const char *const *merges; /* two strings per merge */
     const int32_t *types;
     const float *scores;
     const uint16_t *traits;
@@ -300,7 +300,7 @@ static void compare_ids(golden_run *run, const char *text, size_t n, unsigned fl
     if (!same) report(run, flags ? "ids" : "plain ids", text);
 }
 
-/* What decoding must give: the text, less the bytes the vocabulary has no token for. */
+/* Writes the text that decoding must give: without bytes that have no token. Returns its length. */
 static size_t representable(golden_run *run, const char *text, size_t n, char *out) {
     size_t kept = 0;
     for (size_t i = 0; i < n; i++) {
@@ -391,7 +391,7 @@ static void test_tokens(void **state) {
     assert_null(llm_token_bytes(t, -1, &n));
     assert_non_null(llm_token_bytes(t, 2, &n));
     assert_int_equal(n, strlen("<|im_end|>"));
-    check_ids(t, "<|im_end|>", LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, "2"); /* the file asks for no BOS */
+    check_ids(t, "<|im_end|>", LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL, "2"); /* the file says that there is no BOS */
     llm_tokenizer_free(t);
 }
 
@@ -451,7 +451,7 @@ static void test_invalid(void **state) {
     llm_tokenizer_free(t);
 }
 
-/* Single bytes as tokens: a stream must hold back what may become a character and mark what cannot. */
+/* Streams single bytes as tokens. Bytes that may become a character must be held back; others must be replaced. */
 static void check_stream(const llm_tokenizer *t, const char *bytes, const char *expected) {
     llm_text_stream stream;
     char text[256] = "", piece[16];
@@ -513,7 +513,7 @@ static void check_refused(vocabulary v, llm_status code, const char *words) {
     if (!strstr(err.message, words)) fail_msg("\"%s\" does not say \"%s\"", err.message, words);
 }
 
-/* The last piece, or the second half of the merge, in place of what is there. */
+/* Replaces the last piece, or the second half of the merge. The vocabulary must be refused. */
 static void refuse_piece(vocabulary v, const char *piece, llm_status code, const char *words) {
     const char *pieces[] = {"a", "b", "ab", piece};
     v.pieces = pieces;
@@ -593,7 +593,7 @@ static void put_string(header *b, const char *text) {
     put(b, text, strlen(text));
 }
 
-/* "key=text", "key#number", "key~number as float" or "key:a,b,c" (strings), "key;1,2,3" (int32). */
+/* Adds a value: "key=text", "key#number", "key~float", "key:a,b,c" (strings) or "key;1,2,3" (int32). */
 static void put_value(header *b, const char *line) {
     size_t n = strcspn(line, "=#~:;");
     char key[64], list[256], kind = line[n];
@@ -692,10 +692,10 @@ static void test_hostile_gguf(void **state) {
     if (load_values("", &err)) fail_msg("%s", err.message);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         llm_status status = load_values(cases[i][0], &err);
-        if (!status) fail_msg("%s was taken", cases[i][0]);
+        if (!status) fail_msg("%s was not refused", cases[i][0]);
         if (!strstr(err.message, cases[i][1]))
             fail_msg("%s: \"%s\" does not say \"%s\"", cases[i][0], err.message, cases[i][1]);
-        assert_non_null(strstr(err.message, "/tmp/llm-test-")); /* the file is named */
+        assert_non_null(strstr(err.message, "/tmp/llm-test-")); /* the message names the file */
     }
 }
 
@@ -705,7 +705,7 @@ typedef struct starved {
     heap h;
     llm_host host;
     const llm_tokenizer *tokenizer;
-    char words[8000]; /* invalid UTF-8 and a long word; too short for words to be remembered */
+    char words[8000]; /* invalid UTF-8 and a long word; too short for the cache of words */
 } starved;
 
 static llm_status load_starved(void *job, llm_error *err) {
@@ -739,7 +739,7 @@ static void test_allocation(void **state) {
     assert_all_returned(&s.h);
 }
 
-/* ---- Words found in blocks, and words remembered ---- */
+/* ---- Words found in blocks of 64 bytes, and the cache of words ---- */
 
 enum { N_WORDS = 40000 };
 
@@ -748,7 +748,7 @@ typedef struct remembering {
     char text[N_WORDS], piece[N_WORDS];
 } remembering;
 
-/* Mostly short words that come again, with what may stand between them, and at times any byte. */
+/* Writes mostly short, repeated words with spaces and punctuation, and sometimes any byte. */
 static void fill_words(char *text, size_t n, uint32_t *seed) {
     static const char *const parts[] = {"the",
                                         " the",
@@ -798,7 +798,7 @@ static void fill_words(char *text, size_t n, uint32_t *seed) {
     }
 }
 
-/* The masks of a block, by the definition of each. */
+/* Checks the masks of a block against their definitions. */
 static void check_block(const char *text) {
     const uint8_t *p = (const uint8_t *)text;
     llm__pre_block b = llm__pre_classify(p);
@@ -817,14 +817,16 @@ static void check_block(const char *text) {
     }
 }
 
-/* The end of the word at p, by the code for one word at a time. `digits` is a rule that is applied before, or NULL. */
+/* Returns the end of the word at p, found by the code for one word at a time. `digits` is a rule that is applied first,
+   or NULL. */
 static const uint8_t *word_end(const llm_tokenizer *t, const llm__pre_rule *digits, const llm__pre_rule *rule,
                                const uint8_t *p, const uint8_t *end) {
     const uint8_t *from = end, *to = digits ? llm__pre_find_word(t->classes, digits, p, end, &from) : end;
     return from == p ? to : llm__pre_find_word(t->classes, rule, p, from, &from);
 }
 
-/* Every rule cuts the words that the code for one word at a time cuts. Returns how many blocks showed. */
+/* Words found in blocks must be those that the code for one word at a time finds. Returns the number of words found in
+   blocks. */
 static int check_words(const llm_tokenizer *t, const llm__pre_rule *digits, const llm__pre_rule *rule, const char *text,
                        size_t n) {
     const uint8_t *p = (const uint8_t *)text, *end = p + n;
@@ -881,7 +883,7 @@ static void test_words(void **state) {
                 assert_true(check_words(t, &digits[0], &digits[1], r.text, n) > N_WORDS / 20);
             }
         int64_t counts[3];
-        for (int k = 0; k < 3; k++) { /* with words remembered, without, and without room for the last ids */
+        for (int k = 0; k < 3; k++) { /* with the cache of words, without it, and without room for the last ids */
             h.n_calls = 0;
             h.fail_at = k == 1 ? 1 : 0;
             counts[k] = llm_encode(t, r.text, n, 0, r.ids[k], k == 2 ? 1001 : N_WORDS, NULL);
@@ -951,7 +953,7 @@ static double seconds_for(const llm_tokenizer *tokenizer, const char *unit, llm_
     return best;
 }
 
-/* A megabyte of anything costs about what a megabyte of prose does; far from it only where time is quadratic. */
+/* A megabyte of any text takes about as long as a megabyte of prose. Quadratic time would exceed the limit by far. */
 static void test_time(void **state) {
     (void)state;
     static const char *const units[] = {"a",  " ",        "ab",           "\n",        "1",     "!",

@@ -1,6 +1,6 @@
-/* tokenizer.json and tokenizer.model: small files of each kind give the ids that Hugging Face's tokenizers,
-   sentencepiece and tiktoken give (tokenizer/families.py, tokenizer/meta.py). The files beside them, hostile files and
-   failing allocations are tested, too.
+/* tokenizer.json and tokenizer.model: small files of each kind give the same ids as Hugging Face's tokenizers,
+   sentencepiece and tiktoken (tokenizer/families.py, tokenizer/meta.py). Also tokenizer_config.json and other files
+   next to them, hostile files, and failing allocations.
    Variants: asan cross */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION
@@ -37,7 +37,7 @@ static void compare_ids(const llm_tokenizer *t, const char *name, const json_t *
     for (int64_t i = 0; same && i < n; i++) same = ids[i] == json_integer_value(json_array_get(expected, (size_t)i));
     if (same) return;
     for (int64_t i = 0; i < n && i < MAX_IDS; i++) print_error("%d ", (int)ids[i]);
-    fail_msg("%s: \"%s\" with flags %u is these ids instead of %s", name, json_string_value(text), flags,
+    fail_msg("%s: \"%s\" with flags %u gives these ids instead of %s", name, json_string_value(text), flags,
              json_dumps(expected, 0));
 }
 
@@ -61,7 +61,7 @@ static void compare_text(const llm_tokenizer *t, const char *name, const json_t 
 
 static const json_t *either(const json_t *first, const json_t *second) { return json_is_null(first) ? second : first; }
 
-/* LLM_TOKENS_ENDS does not add a second BOS or EOS; the others do. */
+/* True if the ids begin with BOS or end with EOS. Then LLM_TOKENS_ENDS adds no second one, unlike the references. */
 static bool begins_or_ends(const llm_tokenizer *t, const json_t *ids) {
     size_t n = json_array_size(ids);
     return n && (json_integer_value(json_array_get(ids, 0)) == llm_tokenizer_bos(t) ||
@@ -108,7 +108,7 @@ static void test_golden(void **state) {
     assert_true(n >= 2000);
 }
 
-/* ---- Files made here ---- */
+/* ---- Files made by the tests ---- */
 
 static char directory[] = "/tmp/llm-test-XXXXXX";
 
@@ -157,7 +157,7 @@ static void test_beside(void **state) {
     llm_tokenizer *t = load(directory);
     check_ids(t, "ab", LLM_TOKENS_ENDS, "2");
     assert_int_equal(llm_tokenizer_bos(t), -1);
-    assert_true(llm_token_is_end(t, 4)); /* by its text */
+    assert_true(llm_token_is_end(t, 4)); /* recognised by its text */
     llm_tokenizer_free(t);
     write_text(
         "tokenizer_config.json",
@@ -183,7 +183,7 @@ static void test_beside(void **state) {
     llm_tokenizer_free(t);
 }
 
-/* Tokens and flags that only tokenizer_config.json has, as transformers takes them (tokenizer/beside.py). */
+/* Tokens and flags that are only in tokenizer_config.json are used as in transformers (tokenizer/beside.py). */
 static void test_tokens_beside(void **state) {
     (void)state;
     FILE *file = open_lines(golden_path("beside.jsonl"));
@@ -210,7 +210,7 @@ static void test_tokens_beside(void **state) {
         json_decref(line);
     }
     assert_true(n_lines >= 15);
-    /* A token for which the model has no row is none. */
+    /* A token for which the model has no row is ignored. */
     write_text(
         "tokenizer_config.json",
         "{\"bos_token\":\"<s>\",\"added_tokens_decoder\":{\"21\":{\"content\":\"<t>\"},\"22\":{\"content\":\"<u>\"}}}");
@@ -236,13 +236,14 @@ static void test_added_to_model(void **state) {
     assert_int_equal(one, 480);
     assert_true(llm_encode(t, "<|x|> ", 6, 0, NULL, 0, NULL) > 2);
     assert_true(llm_encode(t, "<|x|>,", 6, LLM_TOKENS_SPECIAL, two, 2, NULL) ==
-                2); /* legacy: there would be a space before the comma */
+                2); /* with "legacy" there would be a space before the comma */
     llm_tokenizer_free(t);
 }
 
 /* ---- Hostile files ---- */
 
-/* SMALL with one text exchanged for another; NULL: the other is all. */
+/* Replaces `from` in SMALL by `to` and writes the result to the file `name`; from == NULL: writes only `to`. It must be
+   refused. */
 static void refuses(const char *name, const char *from, const char *to, const char *words) {
     char text[2048] = SMALL;
     llm_tokenizer *t;
@@ -250,13 +251,13 @@ static void refuses(const char *name, const char *from, const char *to, const ch
     char *at = from ? strstr(text, from) : text;
     remove_files();
     write_text("tokenizer.json", SMALL);
-    if (!at) fail_msg("%s is not there", from);
+    if (!at) fail_msg("%s is missing", from);
     if (from) snprintf(at, sizeof text - (size_t)(at - text), "%s%s", to, strstr(SMALL, from) + strlen(from));
     else snprintf(text, sizeof text, "%s", to);
     write_text(name, text);
     llm_status status = llm_tokenizer_load(&t, directory, NULL, &err);
     llm_tokenizer_free(t);
-    if (!status) fail_msg("%s instead of %s was taken", to, from);
+    if (!status) fail_msg("%s instead of %s was not refused", to, from);
     if (!strstr(err.message, words)) fail_msg("%s: \"%s\" does not say \"%s\"", to, err.message, words);
     if (!strstr(err.message, name)) fail_msg("\"%s\" does not name %s", err.message, name);
 }
@@ -332,7 +333,7 @@ static void test_hostile_json(void **state) {
     assert_non_null(strstr(err.message, "neither tokenizer.json nor tokenizer.model"));
 }
 
-/* A file cut anywhere, and with any byte changed, is taken or refused, but does no harm. */
+/* A file that is truncated, or in which any byte is changed, is loaded or refused, but does no harm. */
 static void shake(const char *name, const char *golden_name, size_t step) {
     bytes file = read_file(golden(golden_name));
     llm_error err;
@@ -370,13 +371,13 @@ static void refuses_model(const char *what, const void *tail, size_t n_tail, con
     llm_error err;
     file.at = (uint8_t *)realloc(file.at, file.n + n_tail);
     assert_non_null(file.at);
-    memcpy(file.at + file.n, tail, n_tail); /* of a field that occurs twice, the last one counts */
+    memcpy(file.at + file.n, tail, n_tail); /* if a field occurs twice, the last one is used */
     remove_files();
     write_file(in_directory("tokenizer.model"), file.at, file.n + n_tail);
     free(file.at);
     llm_status status = llm_tokenizer_load(&t, in_directory("tokenizer.model"), NULL, &err);
     llm_tokenizer_free(t);
-    if (!status) fail_msg("%s was taken", what);
+    if (!status) fail_msg("%s was not refused", what);
     if (!strstr(err.message, words)) fail_msg("%s: \"%s\" does not say \"%s\"", what, err.message, words);
 }
 
@@ -395,7 +396,7 @@ static void test_hostile_model(void **state) {
 
 /* ---- Llama 3's tokenizer.model ---- */
 
-enum { N_RANKS = 423 }; /* of tokenizers/llama-3-meta */
+enum { N_RANKS = 423 }; /* number of ranks in tokenizers/llama-3-meta */
 
 static void test_special_tokens_of_llama_3(void **state) {
     static const struct {
@@ -425,14 +426,14 @@ static void test_special_tokens_of_llama_3(void **state) {
     llm_tokenizer_free(t);
 }
 
-/* Loads the file of Llama 3's form with one text exchanged for another. */
+/* Loads Llama 3's kind of file after replacing one text by another. */
 static llm_status load_ranks(const char *from, const char *to, llm_tokenizer **t, llm_error *err) {
     bytes file = read_file(golden("llama-3-meta/tokenizer.model"));
     char *text = (char *)calloc(file.n + strlen(to) + 1, 1);
     assert_non_null(text);
     memcpy(text, file.at, file.n);
     char *at = strstr(text, from);
-    if (!at) fail_msg("%s is not there", from);
+    if (!at) fail_msg("%s is missing", from);
     const size_t before = (size_t)(at - text), after = before + strlen(from);
     memcpy(at, to, strlen(to));
     memcpy(at + strlen(to), file.at + after, file.n - after);
@@ -447,7 +448,7 @@ static void test_hostile_ranks(void **state) {
         {"AQ== 1\n", "A$== 1\n", "the token number 1, \"A$== 1\", is not up to 256 bytes in base64"},
         {"AQ== 1\n", "AQ= 1\n", "the token number 1"},
         {"AQ== 1\n", "AQ==AQ== 1\n", "the token number 1"},
-        {"AQ== 1\n", "AR== 1\n", "the token number 1"}, /* bits of a byte that is not there */
+        {"AQ== 1\n", "AR== 1\n", "the token number 1"}, /* its last bits are not 0 */
         {"AQ== 1\n", "==== 1\n", "the token number 1"},
         {"AQ== 1\n", " 1\n", "the token number 1"},
         {"AQ== 1\n", "AQ==\n", "the token number 1"},
@@ -488,7 +489,7 @@ static void test_hostile_ranks(void **state) {
         assert_non_null(strstr(err.message, "the token number 1"));
         free(line);
     }
-    /* Empty lines, the ends of lines on Windows, and ranks in any order are no harm. */
+    /* Empty lines, Windows line ends, and ranks in any order are accepted. */
     assert_int_equal(load_ranks("AQ== 1\nAg== 2\n", "Ag== 2\r\n\n\r\nAQ== 1\n", &t, &err), LLM_OK);
     llm_tokenizer_free(t);
     write_text("params.json", "{\"dim\":8}");

@@ -1,12 +1,13 @@
-/* Tool calls read out of answers: each form that published models use, answers cut off at every byte, mistakes, and
-   allocations that fail. The form that a chat template asks for, and grammars that allow nothing but calls.
+/* Reading tool calls from answers: each form that published models use, answers truncated at every byte, mistakes, and
+   failing allocations. Also the form that a chat template requires, and grammars that only allow calls.
    Variants: asan */
 #include "tests/check.h"
 #include "llm.h"
 #include "tests/tiny.h"
 #include "tests/common.h"
 
-/* In `calls`, each call is name, tab, arguments, tab, id or -, newline. NULL: the answer is an error that has `text`. */
+/* In `calls`, each call is: name, tab, arguments, tab, id or -, newline. NULL: the error message must contain
+   `text`. */
 typedef struct answer_case {
     const char *answer, *text, *calls;
 } answer_case;
@@ -32,14 +33,14 @@ static const answer_case CASES[] = {
      "", "f\t{\"a\": \"]\"}\tabcdefghi\ng\t{}\t-\n"},
     {"Yes. [TOOL_CALLS]f[ARGS]{\"a\": 1}[TOOL_CALLS]my-tool.g[ARGS]{}", "Yes. ",
      "f\t{\"a\": 1}\t-\nmy-tool.g\t{}\t-\n"},
-    /* Without a mark these are text. */
+    /* Without a mark, these are text. */
     {"{\"name\": \"f\"}", "{\"name\": \"f\"}", ""},
     {"{\"name\": \"f\", \"parameters\": 1}", "{\"name\": \"f\", \"parameters\": 1}", ""},
     {"{\"name\": \"f\", \"parameters\": {}} is a call", "{\"name\": \"f\", \"parameters\": {}} is a call", ""},
     {"{\"name\": \"f\", \"parameters\": {}, \"more\": 1}", "{\"name\": \"f\", \"parameters\": {}, \"more\": 1}", ""},
     {"[{\"name\": \"f\", \"parameters\": {}}]", "[{\"name\": \"f\", \"parameters\": {}}]", ""},
     {"<tool_call", "<tool_call", ""},
-    /* After a mark nothing is guessed. */
+    /* After a mark, a malformed call is an error. */
     {"<tool_call>{\"name\": \"f\", \"arguments\": {}}", "</tool_call> is expected", NULL},
     {"<tool_call>{\"name\": \"f\", \"arguments\": {}}</tool_call> Done.", "text follows a tool call", NULL},
     {"<tool_call>{'name': 'f', 'arguments': {}}</tool_call>", "a string is expected", NULL},
@@ -96,8 +97,8 @@ static void test_forms(void **state) {
     }
 }
 
-/* An answer that is cut off, in memory of just its size: there are fewer calls, or it is an error; what is read is a
-   part of the whole. */
+/* An answer truncated at any byte, in memory of exactly its size, is an error or gives fewer calls, which must be the
+   first calls of the whole answer. */
 static void test_cut(void **state) {
     (void)state;
     for (int i = 0; i < CASE_COUNT; i++)
@@ -121,7 +122,7 @@ static void test_cut(void **state) {
         }
 }
 
-/* Every byte of an answer is changed in turn: it ends in an answer or an error. */
+/* An answer with any byte changed must give calls or an error. */
 static void test_changed(void **state) {
     static const char bytes[] = "\0\"\\{}[]<:,;ux\x80\xFF";
     (void)state;
@@ -247,7 +248,7 @@ static const char TOOLS[] =
     "\"additionalProperties\""
     ":false}}},"
     "{\"type\":\"function\",\"function\":{\"name\":\"now\"}}]";
-/* [TOOL_CALLS]name[ARGS] has no way to write a name with blanks. */
+/* The form [TOOL_CALLS]name[ARGS] cannot represent names with spaces. */
 static const char NAMED_TOOLS[] = "[{\"function\":{\"name\":\"add\",\"parameters\":{\"type\":\"object\",\"properties\":"
                                   "{\"a\":{\"enum\":[1]}},\"required\":["
                                   "\"a\"],\"additionalProperties\":false}}},{\"function\":{\"name\":\"now\"}}]";
@@ -259,7 +260,8 @@ static llm_grammar *tools_grammar(const llm_tokenizer *tokenizer, llm_tools_desc
     return g;
 }
 
-/* Texts: after their first character, which is what llm_grammar_check says: 1 or 0, or - for -1. */
+/* The first character of each text is the expected result of llm_grammar_check: 1, 0, or - for -1. The rest is
+   checked. */
 static void test_tools(void **state) {
     static const struct {
         llm_tool_form form;
@@ -369,8 +371,8 @@ static void test_tools(void **state) {
     llm_tokenizer_free(tokenizer);
 }
 
-/* Texts of tokens that the mask allows, drawn at random: each can be read as calls, and of one kind of control token
-   the marks alone were allowed. */
+/* Draws random tokens that the mask allows. Each text must be readable as calls. The only control tokens that may be
+   drawn are marks. */
 static void test_random_calls(void **state) {
     llm_tokenizer *tokenizer = load_marks("");
     int n_vocab = llm_tokenizer_n_vocab(tokenizer);
@@ -495,7 +497,7 @@ static void test_tools_memory(void **state) {
     llm_tokenizer *tokenizer = load_marks("");
     tools_job job = {{0}, tokenizer};
     (void)state;
-    starve(&job.h, build_starved, &job, 1, "a grammar of tools");
+    starve(&job.h, build_starved, &job, 1, "a grammar from tools");
     assert_all_returned(&job.h);
     llm_tokenizer_free(tokenizer);
 }

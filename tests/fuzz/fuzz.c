@@ -1,11 +1,11 @@
 /* Fuzz targets for libFuzzer. Arbitrary bytes must be refused with a message, or give an object that works. Memory and
-   time must be in proportion to their number. This is one program; the name it is called by says what the bytes are
-   (see `targets` at the end):
+   time must be proportional to the number of bytes. This is one program; the name by which it is called selects the
+   target (see `targets` at the end), that is, the meaning of the bytes:
 
      gguf             a GGUF file
-     packed           a packed file, but for its size and the checksum of its header, which are made right
+     packed           a packed file, whose size and header checksum are corrected first
      safetensors      config.json, NUL, model.safetensors.index.json or nothing, NUL, safetensors
-     json             a JSON text; jansson reads it too
+     json             a JSON text, compared with jansson
      tokenizer.json   tokenizer.json, NUL, tokenizer_config.json or nothing
      tokenizer.model  tokenizer_config.json or nothing, NUL, tokenizer.model
      pth              a byte of PTH_ flags, params.json, NUL, consolidated.00.pth or its data.pkl alone
@@ -13,7 +13,7 @@
      grammar          a byte for the kind, a byte for the draws, a regular expression, GBNF, JSON Schema or tools
      round-trip       a byte for flags, a byte for one of the tokenizers of tests/golden, a text */
 #define LLM_IMPLEMENTATION
-#define LLM__JINJA_MEMORY ((size_t)8 << 20) /* so that rendering ends early enough */
+#define LLM__JINJA_MEMORY ((size_t)8 << 20) /* so that rendering ends before the fuzzer's limits */
 #define LLM__GRAM_MOST_BYTES ((size_t)16 << 20)
 #include "llm.h"
 
@@ -22,11 +22,11 @@
 
 #include "tests/small.h"
 
-#define CHECK(condition)                                                                \
-    do {                                                                                \
-        if (condition) break;                                                           \
-        fprintf(stderr, "%s:%d: this is not so: %s\n", __FILE__, __LINE__, #condition); \
-        abort();                                                                        \
+#define CHECK(condition)                                                              \
+    do {                                                                              \
+        if (condition) break;                                                         \
+        fprintf(stderr, "%s:%d: failed check: %s\n", __FILE__, __LINE__, #condition); \
+        abort();                                                                      \
     } while (0)
 
 /* ---- Memory and time ---- */
@@ -38,9 +38,10 @@ static clock_t begun;
 
 static void *counted_alloc(void *user, size_t size) {
     (void)user;
-    if (size > (size_t)1 << 40) return NULL; /* more than any machine has; the sanitizer would report it */
+    if (size > (size_t)1 << 40) return NULL; /* the sanitizer would report such a size as an error */
     if (live + size > allowed) {
-        fprintf(stderr, "%zu bytes are asked for on top of %zu; this input may take %zu\n", size, live, allowed);
+        fprintf(stderr, "too much memory: %zu bytes in addition to %zu; the limit for this input is %zu\n", size, live,
+                allowed);
         abort();
     }
     void *ptr = malloc(size);
@@ -65,8 +66,8 @@ static void begin(size_t size) {
 
 static void end(void) {
     double seconds = (double)(clock() - begun) / CLOCKS_PER_SEC;
-    if (live) fprintf(stderr, "%zu bytes were not released\n", live);
-    if (seconds > MOST_SECONDS) fprintf(stderr, "it took %.1f s\n", seconds);
+    if (live) fprintf(stderr, "%zu bytes were not freed\n", live);
+    if (seconds > MOST_SECONDS) fprintf(stderr, "too slow: %.1f s\n", seconds);
     CHECK(!live && seconds <= MOST_SECONDS);
 }
 
@@ -87,7 +88,8 @@ static void check_refusal(llm_status status, const llm_error *err) {
 
 /* ---- Texts ---- */
 
-/* Each byte that is not part of well-formed UTF-8 becomes U+FFFD; out has room for 3 n bytes. */
+/* Copies a text and replaces each byte that is not part of well-formed UTF-8 by U+FFFD. `out` has room for 3 n
+   bytes. */
 static size_t repair(const uint8_t *p, size_t n, uint8_t *out) {
     size_t n_out = 0;
     for (const uint8_t *at = p; at < p + n;) {
@@ -99,7 +101,7 @@ static size_t repair(const uint8_t *p, size_t n, uint8_t *out) {
     return n_out;
 }
 
-/* The text of the ids, allocated; streaming must come to the same, but for what is no UTF-8. */
+/* Decodes ids. Streaming must give the same text, with invalid UTF-8 replaced. Free the result with free(). */
 static uint8_t *decode(const llm_tokenizer *t, const llm_token *ids, size_t n_ids, unsigned flags, size_t *n) {
     *n = llm_decode(t, ids, n_ids, flags, NULL, 0);
     uint8_t *text = (uint8_t *)malloc(*n + 1), *whole = (uint8_t *)malloc(3 * *n + 1),
@@ -122,7 +124,7 @@ static uint8_t *decode(const llm_tokenizer *t, const llm_token *ids, size_t n_id
     return text;
 }
 
-/* What holds of every tokenizer and text; `exact`: the text comes back. */
+/* Checks properties of every tokenizer and text. `exact`: decoding must give the text back. */
 static void check_text(const llm_tokenizer *t, const uint8_t *text, size_t n_text, unsigned flags, bool exact) {
     size_t room = 4 * n_text + 8;
     llm_token *ids = (llm_token *)malloc(room * sizeof *ids), *few = (llm_token *)malloc(room * sizeof *ids);
@@ -142,7 +144,7 @@ static void check_text(const llm_tokenizer *t, const uint8_t *text, size_t n_tex
     free(decoded);
     for (int64_t i = 0; i < n; i++)
         ids[i] = (llm_token)((uint64_t)i * 2654435761u % ((unsigned)llm_tokenizer_n_vocab(t) + 3)) - 1;
-    free(decode(t, ids, (size_t)n, flags, &n_decoded)); /* ids in no order, and some that there are not */
+    free(decode(t, ids, (size_t)n, flags, &n_decoded)); /* unordered ids, some of them invalid */
     free(ids);
     free(few);
     free(wanted);
@@ -283,7 +285,7 @@ static void remove_folder(void) {
     rmdir(folder);
 }
 
-/* What is before the next NUL; the rest stays in *b. */
+/* Returns the bytes before the next NUL and removes them from *b. */
 static bytes cut(bytes *b) {
     const uint8_t *nul = b->n ? (const uint8_t *)memchr(b->at, 0, b->n) : NULL;
     bytes head = {b->at, nul ? (size_t)(nul - b->at) : b->n};
@@ -334,7 +336,7 @@ static void fuzz_tokenizer_json(const uint8_t *data, size_t size) {
     try_tokenizer();
 }
 
-/* A list of ranks has as many tokens as params.json says. */
+/* params.json gets a vocabulary size that matches the number of lines, as a list of ranks requires. */
 static void fuzz_tokenizer_model(const uint8_t *data, size_t size) {
     bytes rest = {data, size}, config = cut(&rest);
     char params[64];
@@ -404,7 +406,7 @@ static void parse_json(llm__env *env, void *arg) {
 static void fuzz_json(const uint8_t *data, size_t size) {
     json_error_t why;
     json_job job = {{data, size}, NULL};
-    bool ends_early = memchr(data, 0, size) != NULL; /* for jansson the text ends there */
+    bool ends_early = memchr(data, 0, size) != NULL; /* jansson does not accept a NUL */
     if (!ends_early)
         job.theirs =
             json_loadb((const char *)data, size, JSON_DECODE_ANY | JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &why);
@@ -415,7 +417,7 @@ static void fuzz_json(const uint8_t *data, size_t size) {
     llm__pool_free(&pool);
     if (status && job.theirs) CHECK(strstr(err.message, "deeper than"));
     bool utf8 = llm__utf8_check(data, data + size) == data + size;
-    if (!status && !job.theirs && !ends_early && utf8) /* what jansson does not do */
+    if (!status && !job.theirs && !ends_early && utf8) /* only jansson refuses these */
         CHECK(json_error_code(&why) == json_error_numeric_overflow ||
               json_error_code(&why) == json_error_null_byte_in_key || strstr(why.text, "NUL byte in object key"));
     json_decref(job.theirs);
@@ -428,7 +430,7 @@ typedef struct chat_job {
     const llm_chat_desc *chat;
 } chat_job;
 
-/* Control tokens come from the template alone: as many are encoded as stand outside of the host's stretches. */
+/* Control tokens only come from the template: there are as many as the rendered text has outside of the messages. */
 static void check_control(llm__env *env, void *arg) {
     static const char *const control[] = {"<s>", "</s>", "<|im_start|>", "<|im_end|>"};
     chat_job *job = (chat_job *)arg;
@@ -453,7 +455,7 @@ static void check_control(llm__env *env, void *arg) {
     CHECK(!n_control);
 }
 
-/* Parses the template of this input, whose nodes live in the pool. */
+/* Parses the input's template. Its nodes are valid until the pool is freed. */
 static void parse_chat(llm__env *env, void *arg) {
     llm_tokenizer *t = ((chat_job *)arg)->tokenizer;
     t->chat_program = NULL;
@@ -461,7 +463,7 @@ static void parse_chat(llm__env *env, void *arg) {
     llm__tokenizer_parse_chat(env, t);
 }
 
-/* Whether it is rendered; a small buffer gets its beginning. */
+/* Renders a conversation. Returns true if that succeeds; then a small buffer must get the beginning of the text. */
 static bool render(const llm_tokenizer *t, const llm_chat_desc *chat) {
     llm_error err;
     char few[20], *text;
@@ -503,12 +505,12 @@ static void use_template(chat_job *job, bytes rest) {
     llm__pool_free(&pool);
     chat.open_answer = false;
     chat.n_messages = (n + 1) / 2;
-    chat.tools_json = chat.variables_json = messages[0].content; /* hardly ever JSON, but sometimes */
+    chat.tools_json = chat.variables_json = messages[0].content; /* sometimes this is valid JSON */
     render(job->tokenizer, &chat);
     free(contents);
 }
 
-static llm_tokenizer *chat_tokenizer; /* its template is each input's own */
+static llm_tokenizer *chat_tokenizer; /* gets the template of each input */
 
 static void build_chat_tokenizer(void) {
     static llm__pool pool;
@@ -539,7 +541,7 @@ static void fuzz_chat(const uint8_t *data, size_t size) {
 
 /* ---- Round trips ---- */
 
-/* The first are byte-level without a prefix, the others SentencePiece with all bytes: they give back what they took. */
+/* The first N_EXACT tokenizers are byte-level without a prefix: decoding gives back exactly the encoded text. */
 static const char *const families[] = {"gpt-2",         "mpt",           "smollm",  "llama-3",        "qwen2",
                                        "gpt-4o",        "tekken",        "falcon",  "deepseek-coder", "llama-3-meta",
                                        "llama-2",       "spm",           "added",   "prefix-space",   "metaspace",
@@ -563,7 +565,7 @@ static void fuzz_round_trip(const uint8_t *data, size_t size) {
     if (size < 2) return;
     unsigned family = data[1] % N_FAMILIES, flags = data[0] % 4;
     bool exact = family < N_EXACT && !tokenizers[family]->nfc &&
-                 flags != (LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL); /* BOS is shown */
+                 flags != (LLM_TOKENS_ENDS | LLM_TOKENS_SPECIAL); /* BOS would be part of the text */
     check_text(tokenizers[family], data + 2, size - 2, flags, exact);
 }
 
@@ -571,7 +573,7 @@ static void fuzz_round_trip(const uint8_t *data, size_t size) {
 
 static uint32_t draw(uint32_t *state) { return (*state = *state * 1664525 + 1013904223) >> 8; }
 
-/* The state of a text; it may be too ambiguous to be known. */
+/* Runs the grammar on a text. This may fail if the text is too ambiguous. */
 static llm_status read_text(llm_grammar *g, const char *text, size_t n, llm_error *err) {
     llm__gram_args args;
     memset(&args, 0, sizeof args);
@@ -581,7 +583,7 @@ static llm_status read_text(llm_grammar *g, const char *text, size_t n, llm_erro
     return llm__gram_guard(g, llm__gram_run_body, &args, err);
 }
 
-/* Writes a text of tokens that the mask allows, drawn at random. The text must fit after each of them. */
+/* Writes a text of random tokens that the mask allows. After each token, the text must match the grammar so far. */
 static void write_at_random(llm_grammar *g, const llm_tokenizer *t, uint32_t seed) {
     enum { MOST_STEPS = 24 };
     int n_vocab = llm_tokenizer_n_vocab(t);
@@ -640,7 +642,7 @@ static void fuzz_grammar(const uint8_t *data, size_t size) {
     CHECK(text);
     memcpy(text, data + 2, size - 2);
     text[size - 2] = 0;
-    allowed += (size_t)96 << 20; /* for the limits on expressions and states, which do not depend on the text */
+    allowed += (size_t)96 << 20; /* the limits on expressions and states do not depend on the input's size */
     memset(&err, 0xEE, sizeof err);
     llm_tools_desc tools = {
         .form = (llm_tool_form)(1 + data[1] % 4), .tools_json = text, .one = data[1] & 4, .text = data[1] & 8};
@@ -659,7 +661,7 @@ static void fuzz_grammar(const uint8_t *data, size_t size) {
     free(text);
 }
 
-/* ---- Mutations that keep what surrounds them right ---- */
+/* ---- Mutations that keep the structure of the input valid ---- */
 
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -670,10 +672,11 @@ static void put_number(uint8_t *to, uint64_t x, int n) {
     for (int i = 0; i < n; i++) to[i] = (uint8_t)(x >> 8 * i);
 }
 
-/* By how many bytes an input may grow. libFuzzer also passes inputs that are longer than `most` already. */
+/* The number of bytes by which an input may grow. libFuzzer also passes inputs that are longer than `most` already. */
 static size_t room_to_grow(size_t size, size_t most) { return size < most ? most - size : 0; }
 
-/* Mutates the n bytes at `at`, which may grow into `room` more, and moves what is behind; returns their new number. */
+/* Mutates the n bytes at `at`, which may grow by up to `room` bytes, and moves the bytes after them. Returns the new
+   n. */
 static size_t mutate_part(uint8_t *data, size_t *size, size_t at, size_t n, size_t room) {
     uint8_t *part = (uint8_t *)malloc(n + room + 1);
     CHECK(part);
@@ -686,11 +689,11 @@ static size_t mutate_part(uint8_t *data, size_t *size, size_t at, size_t n, size
     return n_new;
 }
 
-/* Where the numbers and strings of a GGUF header are. */
+/* A number or string in a GGUF header. */
 typedef struct field {
     size_t at;
-    uint32_t n;    /* bytes of a number; 0: a string */
-    bool is_value; /* of the metadata */
+    uint32_t n;    /* size of a number in bytes; 0: a string */
+    bool is_value; /* a value of the metadata */
 } field;
 
 enum { MOST_FIELDS = 4096 };
@@ -752,7 +755,7 @@ static void walk_header(walk *w) {
     }
 }
 
-/* One number or string of the header changes; the tensors' bytes stay aligned. */
+/* Changes one number or string of the header. The tensors' data stay aligned. */
 static size_t mutate_gguf(uint8_t *data, size_t size, size_t most, unsigned seed) {
     static const uint64_t numbers[] = {0,
                                        1,
@@ -796,7 +799,7 @@ static size_t mutate_gguf(uint8_t *data, size_t size, size_t most, unsigned seed
     return size;
 }
 
-/* One of the texts changes, and the length before the third is right again. */
+/* Changes one of the texts and corrects the header's length. */
 static size_t mutate_safetensors(uint8_t *data, size_t size, size_t most, unsigned seed) {
     bytes rest = {data, size}, config = cut(&rest), index = cut(&rest), chosen = seed / 8 % 4 ? config : index;
     uint64_t n = rest.n < 8 ? 0 : llm__bytes_u64(rest.at);
@@ -810,7 +813,7 @@ static size_t mutate_safetensors(uint8_t *data, size_t size, size_t most, unsign
     return size;
 }
 
-/* A field of the protobuf changes, and its length is right again, where it takes one or two bytes. */
+/* Changes a field of the protobuf and corrects its length, which has one or two bytes. */
 static size_t mutate_model(uint8_t *data, size_t size, size_t most, unsigned seed) {
     size_t starts[1024], n_starts = 0, at = 0;
     bytes rest = {data, size};
@@ -832,7 +835,7 @@ static size_t mutate_model(uint8_t *data, size_t size, size_t most, unsigned see
     return size;
 }
 
-/* Most templates that are not quite one of those known are refused at once: mostly the messages change. */
+/* Mostly changes the messages, because most changed templates do not parse. */
 static size_t mutate_chat(uint8_t *data, size_t size, size_t most, unsigned seed) {
     bytes rest = {data, size};
     (void)seed;
@@ -845,11 +848,11 @@ static size_t mutate_chat(uint8_t *data, size_t size, size_t most, unsigned seed
 
 enum {
     PTH_PICKLE = 1, /* the bytes are data.pkl; all tensors are parts of a storage "0", which has PTH_DATA bytes */
-    PTH_TWO = 2,    /* the file is there twice, as two parts of a model */
+    PTH_TWO = 2,    /* the file is written twice, as two parts of a model */
     PTH_DATA = 8192
 };
 
-/* Writes a file as torch.save does, with this pickle. */
+/* Writes a file in the format of torch.save, with this pickle. */
 static void write_pth(const char *name, bytes pickle) {
     enum { LOCAL = 30, ENTRY = 46, END = 22, NAME = 10 };
     static const char *const names[] = {"a/data.pkl", "a/data/0"};
@@ -901,7 +904,7 @@ static void fuzz_pth(const uint8_t *data, size_t size) {
     try_model(source, (llm_dtype)(LLM_DTYPE_F32 + size % 4));
 }
 
-/* The tokenizer of all these models. */
+/* Writes the tokenizer of all these models. */
 static void write_pth_tokenizer(void) {
     static uint8_t text[4096];
     FILE *file = fopen("tests/golden/tokenizers/spm-plain/tokenizer.model", "rb");
@@ -916,7 +919,7 @@ static void write_pth_tokenizer(void) {
 static const struct {
     const char *name;
     void (*run)(const uint8_t *data, size_t size);
-    size_t (*mutate)(uint8_t *data, size_t size, size_t most, unsigned seed); /* NULL: as libFuzzer does */
+    size_t (*mutate)(uint8_t *data, size_t size, size_t most, unsigned seed); /* NULL: libFuzzer's own */
 } targets[] = {
     {"gguf", fuzz_gguf, mutate_gguf},
     {"packed", fuzz_packed, NULL},
@@ -938,7 +941,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc;
     while (target < N && strcmp(name, targets[target].name)) target++;
     if (target == N) {
-        fprintf(stderr, "\"%s\" is none of the targets; make fuzz calls them\n", name);
+        fprintf(stderr, "\"%s\" is not a target; see `make fuzz`\n", name);
         exit(1);
     }
     all_good = getenv("FUZZ_ALL_GOOD") != NULL;

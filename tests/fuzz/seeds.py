@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes the files that fuzzing starts from:  tests/fuzz/seeds.py DIRECTORY
+"""Writes the files with which fuzzing starts:  tests/fuzz/seeds.py DIRECTORY
 
-A folder for each target of fuzz.c, in the form that is described there: small models of every architecture, type and way to
-scale RoPE made here, and what tests/golden has of tokenizers and chat templates. Beside each folder a dictionary, TARGET.dict:
-the words that llm.h itself looks for."""
+Each target of fuzz.c gets a folder with inputs in the form described there: small models of every architecture, type and RoPE
+scaling, which are made here, and the tokenizers and chat templates of tests/golden. Each folder also gets a dictionary,
+TARGET.dict, of the words that llm.h itself looks for."""
 
 import collections
 import io
@@ -30,7 +30,7 @@ def write(target, name, data):
 
 
 def noise(n):
-    """Bytes that are small as numbers of any type."""
+    """Returns n bytes that are small numbers in every type."""
     return bytes((0x11 + 37 * i) % 64 for i in range(n))
 
 
@@ -92,7 +92,7 @@ def vocabulary(model, pre="gpt-2"):
 
 
 def hyperparameters(arch, embd, more, inner=None):
-    """inner: the dimensions of all query heads together, and of the feed-forward part."""
+    """inner: the number of dimensions of all query heads, and of the feed-forward part."""
     inner = inner or embd
     keys = {"block_count": LAYERS, "embedding_length": embd, "feed_forward_length": inner, "attention.head_count": 4,
             "attention.head_count_kv": 2, "attention.key_length": inner // 4, "attention.value_length": inner // 4,
@@ -194,7 +194,7 @@ def write_safetensors():
 
 # ---- Meta's directories ----
 
-PTH_VOCAB = 220  # of the tokenizer in fuzz.c
+PTH_VOCAB = 220  # vocabulary of the tokenizer in fuzz.c
 PTH_PICKLE, PTH_TWO = 1, 2
 torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
 for storage in ("FloatStorage", "HalfStorage", "BFloat16Storage"):  # only their names go into a pickle
@@ -212,7 +212,7 @@ class Tensor:
 
 
 class Storage(str):
-    """Its text is its key."""
+    """A storage that is pickled as its key."""
 
 
 def pth_pickle(tensors, kind, together):
@@ -312,7 +312,7 @@ def write_json():
 # ---- Dictionaries ----
 
 def literals(first, last):
-    """The strings in these sections of llm.h, but for messages and tables."""
+    """Returns the strings in these sections of llm.h, without messages and tables."""
     text = (TESTS.parent / "llm.h").read_text()
     sections = text[text.index(f"/* ==== {first} "):text.index(f"/* ==== {last + 1} ")]
     found = {m.encode("latin-1", "ignore").decode("unicode_escape") for m in re.findall(r'"((?:[^"\\\n]|\\.)+)"', sections)}
@@ -324,7 +324,7 @@ def write_dictionary(target, words):
     (out / f"{target}.dict").write_text("\n".join(lines) + "\n")
 
 
-# What JSON, regular expressions (once as they are and once as they stand in a string of JSON) and Jinja are made of.
+# Words of JSON, of regular expressions (plain, and escaped as in a JSON string), and of Jinja.
 JSON = ["\\u0000", "\\u00e9", "\\u2581", "\\ud83d\\ude00", "\\ud800", "\\udc00", "\\uFFFF", "\\\"", "\\\\", "\\/", "\\b", "\\f", "\\n", "\\r", "\\t",
         "null", "true", "false", "{}", "[]", "1e-05", "-0", "1e308", "1e-308", "4.9e-324", '":', '","', '":{"', '":[{"']
 REGEX = ["\\p{", "\\p{L}", "\\p{M}", "\\p{N}", "\\p{P}", "\\p{S}", "\\p{\0}", "\\P{L}", "\\p{Lu}", "\\p{^L}", "\\s", "\\S", "\\s?", "\\d", "\\w", "\\r",
@@ -336,7 +336,7 @@ JINJA = ["{{", "}}", "{%", "%}", "{#", "#}", "{{-", "-}}", "{%-", "-%}", "\\n", 
 
 
 def in_json(word):
-    """The word as it stands in a string of JSON."""
+    """Returns the word escaped as in a JSON string."""
     return json.dumps(word)[1:-1]
 
 
