@@ -16407,8 +16407,8 @@ static llm__weight_type llm__attn_tile_kind(const llm__cpu_context *c) {
     return llm__kernel_tile_kind(c->cache_kind, c->model->kernels->line_step);
 }
 
-/* A tile of the cache for packed products. If they need another kind, its n blocks become blocks `first` to `first` + n -
-   1 of a->unpacked. */
+/* A tile of the cache for packed products. If they need another kind, its n blocks become n blocks of a->unpacked, from
+   `first` on. */
 static const uint8_t *llm__attn_unpack(const llm__cpu_context *c, const llm__attn_work *a, const uint8_t *tile, int n,
                                        int first) {
     if (llm__attn_tile_kind(c) == c->cache_kind) return tile;
