@@ -167,8 +167,8 @@ def table(runs):
             f"{figure(run['prefill'], 0)} | {figure(run['perplexity'], 2)} |")
     limits = [run["limit"] for run in runs if run["limit"]]
     if limits:
-        lines.append(f"\nMachine: {processor()}, {runs[0]['device']}. Bandwidth measured beside each step: {min(limits):.0f} to "
-                     f"{max(limits):.0f} GB/s. The GPU's figures are in a table of their own below.")
+        lines.append(f"\nMachine: {processor()}, {runs[0]['device']}. Bandwidth measured with each step: {min(limits):.0f} to "
+                     f"{max(limits):.0f} GB/s. The GPU's figures are in a separate table below.")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
-/* llm_calibrate: its importance against a float64 forward pass (golden/calibrate.py), for any number of threads and any
-   instruction set. What it changes: which weights llm_prune_directory keeps, and the blocks that llm_quantize_gguf
-   writes, whose weighted error is never larger than without it. Texts that are refused, cancelling, failing
-   allocations. Variants: asan */
+/* llm_calibrate: the importance agrees with a float64 forward pass (golden/calibrate.py), and is the same for any
+   number of threads and any instruction set. llm_prune_directory uses it to choose the weights that it keeps, and
+   llm_quantize_gguf to round: the weighted error is never larger than without it. Also refused texts, cancelling, and
+   failing allocations. Variants: asan */
 #include "tests/check.h"
 #include "tests/tiny.h"
 #define LLM_IMPLEMENTATION
@@ -119,7 +119,7 @@ static void test_names(void **state) {
     }
     for (size_t i = 0; i < sizeof none / sizeof *none; i++) {
         int n = 1;
-        if (llm_importance_get(made, none[i], &n)) fail_msg("there is a matrix \"%s\"", none[i]);
+        if (llm_importance_get(made, none[i], &n)) fail_msg("\"%s\" must not be a matrix", none[i]);
         assert_int_equal(n, 0);
     }
     assert_null(llm_importance_get(made, NULL, NULL));
@@ -148,7 +148,7 @@ static void assert_same(const llm_importance *a, const llm_importance *b) {
     assert_memory_equal(a->means, b->means, a->n * sizeof *a->means);
 }
 
-/* The same bits for any number of threads and with every instruction set, also of single tokens behind whole pieces. */
+/* Any number of threads and any instruction set give the same bits. The text ends with a piece of one token. */
 static void test_same_bits(void **state) {
     static const struct {
         const tiny_spec *spec;
@@ -166,7 +166,7 @@ static void test_same_bits(void **state) {
             llm_model_desc desc = {.dtype = cases[i].dtype, .isa = sets[s], .n_threads = 1};
             llm_model *model;
             llm_error err;
-            if (try_tiny(&model, cases[i].spec, desc, &err)) continue; /* not on this machine */
+            if (try_tiny(&model, cases[i].spec, desc, &err)) continue; /* this machine lacks the instruction set */
             for (int threads = 1; threads <= 5; threads += s ? 4 : 1) {
                 llm_importance *made = calibrate(model, golden_text, 151, 50, threads);
                 if (first) assert_same(first, made);
@@ -213,7 +213,7 @@ static void test_refused_texts(void **state) {
     llm_model_free(model);
 }
 
-/* With a BOS token each piece begins with it; the text of a special token is that token. */
+/* If the tokenizer adds BOS, each piece begins with it. The text of a special token is read as this token. */
 static void test_pieces(void **state) {
     static const char text[] = "abcdefgh<|end|>ijk";
     (void)state;
@@ -231,7 +231,7 @@ static void test_pieces(void **state) {
 }
 
 typedef struct stopper {
-    heap h; /* first: it is also the allocator's */
+    heap h; /* must be first: the allocator gets the same pointer */
     int n_calls, stop_at;
     float last;
 } stopper;
@@ -292,7 +292,7 @@ static void test_starved(void **state) {
 
 /* ---- 2:4 sparsity ---- */
 
-/* The weights of a tensor in a directory that llm_prune_directory wrote. */
+/* Returns the weights of a tensor in a file that llm_prune_directory wrote. */
 static const uint8_t *find_tensor(bytes file, const char *name) {
     char key[100];
     uint64_t n;
@@ -321,11 +321,11 @@ static void check_kept(const char *path, bool int8) {
             n_all++;
         }
     }
-    assert_true(n_kept > n_all * 2 / 5); /* the others were zero in the model, or are so small */
+    assert_true(n_kept > n_all * 2 / 5); /* nearly half: some kept weights are zero or round to zero */
     free(file.at);
 }
 
-/* As NumPy chooses, for both types; the other weights of kept ones are as without an importance. */
+/* Weights that NumPy does not keep are zero, for both types. The model is held as 2:4. */
 static void test_pruned(void **state) {
     static const llm_dtype dtypes[] = {LLM_DTYPE_BF16, LLM_DTYPE_INT8};
     (void)state;
@@ -343,7 +343,7 @@ static void test_pruned(void **state) {
     llm_importance_free(made);
 }
 
-/* An importance that is zero or the same everywhere leaves the choice to the magnitudes. */
+/* If the importance is zero or equal everywhere, the weights are chosen by magnitude. */
 static void test_pruned_by_magnitude(void **state) {
     static const float values[] = {0, 3};
     (void)state;
@@ -378,8 +378,8 @@ static double weighted_error(const llm__file_type_info *type, const float *x, co
     return error;
 }
 
-/* Never worse than without importance, block by block; and near the least error that NumPy's searches found. The types
-   with blocks of 256 have scales of few bits, which NumPy's searches did not have, and those of 8 bits gain little. */
+/* No block has a larger error than without importance, and the sum is close to the least error that NumPy found. The
+   limits are wider for types with blocks of 256, whose scales have few bits, unlike NumPy's, and for Q8_0. */
 static void test_blocks(void **state) {
     const uint8_t *at = golden_blocks;
     const int n = next_int(&at), n_types = next_int(&at);
@@ -419,7 +419,8 @@ static void test_blocks(void **state) {
     free(made);
 }
 
-/* If all inputs of a block were zero it is made as without importance, and extreme weights do no harm. */
+/* If the importance of a whole block is zero, the block is the same as without importance. Extreme weights do not
+   give numbers that are much larger. */
 static void test_blocks_without(void **state) {
     static const float ends[] = {0, -0.0f, 1e-45f, -1e-45f, 1e-39f, -1e-38f, 65504, -65504};
     float x[256], h[256] = {0}, read[256];
@@ -458,7 +459,8 @@ static const tiny_spec whole_blocks = {2, 256, 256, 4, 2, 64, 512, 43, 1, 0, 1};
 static const tiny_spec one_layer = {1, 256, 256, 4, 2, 64, 512, 43, 1, 0, 1};
 static const tiny_spec wider = {2, 256, 512, 4, 2, 64, 512, 43, 1, 0, 1};
 
-/* Files of the same size with other blocks, the same for any number of threads. Without blocks nothing changes. */
+/* Importance changes the blocks of a file, but not its size. The number of threads does not matter. Types without
+   blocks do not change. */
 static void test_files(void **state) {
     static const char *const types[] = {"F32", "F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q4_K_M", "Q6_K"};
     (void)state;
@@ -484,7 +486,7 @@ static void test_files(void **state) {
     llm_importance_free(made);
 }
 
-/* An importance of a model with other layers or columns. */
+/* The importance of a model with other numbers of layers or columns is refused. */
 static void test_other_models(void **state) {
     (void)state;
     const tiny_spec *const others[] = {&one_layer, &wider};
@@ -510,7 +512,7 @@ static void test_other_models(void **state) {
 
 enum { PIECES = 4, PIECE = 512 };
 
-/* Over the second half of each piece. */
+/* Returns the perplexity of the second half of each piece. */
 static double perplexity(const char *path, const char *text, size_t n) {
     llm_model *model = load_model(path, NULL);
     llm_context_desc desc = {.n_ctx = PIECE, .n_seq = 2, .n_batch = PIECE};
@@ -534,11 +536,12 @@ static double perplexity(const char *path, const char *text, size_t n) {
     return exp(sum / (PIECES * n_ending));
 }
 
-/* Rounded by importance, the default model is nearer to itself on another part of the text. */
+/* Rounding with importance brings the default model's perplexity closer to that of the original, on another part of the
+   text. */
 static void test_perplexity(void **state) {
     (void)state;
     bytes text = read_file(golden_path("heldout.txt"));
-    const size_t n_scored = 12000; /* bytes of the text; some that follow it calibrate */
+    const size_t n_scored = 12000; /* bytes at the beginning of the text; the calibration uses a later part */
     llm_model *model = load_model(model_path(), NULL);
     llm_importance *made = calibrate(model, strchr((const char *)text.at + 3 * n_scored, '\n'), 8000, 0, 0);
     llm_model_free(model);
@@ -552,7 +555,7 @@ static void test_perplexity(void **state) {
         remove(path);
     }
     const double of_file = perplexity(model_path(), (const char *)text.at, n_scored);
-    print_message("perplexity: the file %.3f, as Q4_0 %.3f, by importance %.3f\n", of_file, found[0], found[1]);
+    print_message("perplexity: original %.3f, Q4_0 %.3f, Q4_0 with importance %.3f\n", of_file, found[0], found[1]);
     assert_true(found[1] - of_file < 0.75 * (found[0] - of_file));
     llm_importance_free(made);
     free(text.at);

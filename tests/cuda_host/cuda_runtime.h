@@ -114,7 +114,7 @@ struct cuda_host_settings {
     bool failed_recording = false; /* the call that `fail_at` made fail was recording a graph         */
     bool has_ipc = false;          /* GPU memory allocated from now on has handles for other processes */
     int first_bus = 0;             /* the GPU of the machine that is this process's device 0           */
-    int n_refused_handles = 0;     /* the next so many attempts to open a handle fail                  */
+    int n_refused_handles = 0;     /* counts down: while it is positive, opening a handle fails          */
 };
 
 inline cuda_host_settings cuda_host;

@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
-"""Writes calibrate.bin: what a float64 forward pass and plain searches in NumPy find, for llm_calibrate and for what uses
-its importance.
+"""Writes calibrate.bin: reference results for llm_calibrate and for the functions that use its importance. They come from
+a float64 forward pass and simple searches in NumPy.
 
     python3 calibrate.py sparse/dense calibrate.bin
 
+The file contains:
+
 1  int32 n, n bytes of text; int32 n, n int32 token ids; int32 n_ctx: the model reads pieces of n_ctx tokens.
 2  int32 n, then for each of n matrices of sparse/dense: char name[64], int32 rows, int32 cols, float64 mean_squares[cols]
-   of its inputs over all tokens, and uint8 kept[rows][cols]: which weights stay of each four, by |w| * sqrt(mean square)
-   (Wanda; Sun et al. 2023, arXiv:2306.11695).
-3  int32 n, int32 n_types; n float32 weights, n float32 importances; then for each type int32 type, GGUF's, and float64
-   error[n / 256]: the least sum of importance * (w - w')^2 that a search from many starts finds for each 256 weights, if
-   each group has a scale, and a minimum where the type has some, of any value. The types' own scales are rounded, so
-   their best blocks have about this error or a little more.
+   of its inputs over all tokens, and uint8 kept[rows][cols]: 1 for the two of each four weights with the largest
+   |w| * sqrt(mean square) (Wanda; Sun et al. 2023, arXiv:2306.11695).
+3  int32 n, int32 n_types; n float32 weights, n float32 importances; then for each type int32 type (GGUF's number) and
+   float64 error[n / 256]: for each 256 weights, the least sum of importance * (w - w')^2 that a search from many starts
+   finds. Each group has a scale and, if the type has minimums, a minimum, which are not rounded. The types' own scales are
+   rounded, so their best blocks have about this error or a little more.
 """
 import json
 import re
@@ -42,7 +44,7 @@ def read_tensors(path):
 
 
 def encode(folder):
-    """Byte-level BPE of lower-case words that stand one space apart."""
+    """Encodes lower-case words separated by single spaces, with byte-level BPE."""
     t = json.load(open(f"{folder}/tokenizer.json"))["model"]
     ranks = {tuple(m.split(" ") if isinstance(m, str) else m): i for i, m in enumerate(t["merges"])}
     ids = []
@@ -59,7 +61,7 @@ def encode(folder):
 
 
 def forward(w, config, tokens, sums):
-    """Adds the squares of each matrix's inputs to sums[name]."""
+    """Runs a forward pass, and adds the squares of each matrix's inputs to sums[name]."""
     heads, d, eps = config["num_attention_heads"], config["head_dim"], config["rms_norm_eps"]
     n, half = len(tokens), config["head_dim"] // 2
     angle = np.outer(np.arange(n), config["rope_parameters"]["rope_theta"] ** (-np.arange(half) / half))
@@ -94,7 +96,7 @@ def forward(w, config, tokens, sums):
 
 
 def wanda(w, mean_squares):
-    """The two of each four with the larger scores; none may be so close that rounding decides."""
+    """Marks the two of each four weights with the largest scores. Fails if two scores are so close that rounding decides."""
     scores = (np.abs(w) * np.sqrt(mean_squares)).reshape(-1, 4)
     order = np.argsort(-scores, axis=1, kind="stable")
     second, third = (np.take_along_axis(scores, order[:, i : i + 1], 1) for i in (1, 2))
@@ -105,7 +107,8 @@ def wanda(w, mean_squares):
 
 
 def least_error(x, h, low, high, affine, negative):
-    """Of one group: from many scales and minimums, rounds and solves in turns until nothing improves."""
+    """Returns the least error of a group. Starts with many scales and minimums; 30 times rounds the weights, then solves for
+    the best scale and minimum."""
     seen = x[h > 0] if (h > 0).any() else x
     spread, largest = seen.max() - seen.min(), np.abs(seen).max()
     if affine:
@@ -135,7 +138,7 @@ def least_error(x, h, low, high, affine, negative):
     return best
 
 
-# GGUF's number, weights in a group, q from, q to, minimums, minimums at most 0
+# GGUF's number, weights per group, smallest q, largest q, has minimums, minimums are at most 0
 TYPES = {"Q4_0": (2, 32, -8, 7, False, False), "Q4_1": (3, 32, 0, 15, True, False), "Q5_0": (6, 32, -16, 15, False, False),
          "Q5_1": (7, 32, 0, 31, True, False), "Q8_0": (8, 32, -127, 127, False, False), "Q4_K": (12, 32, 0, 15, True, True),
          "Q5_K": (13, 32, 0, 31, True, True), "Q6_K": (14, 16, -32, 31, False, False)}
@@ -147,7 +150,7 @@ def blocks():
     h = 2.0 ** rng.uniform(-8, 0, (6, 256))
     x[0] *= 0.02
     x[1, ::37] *= 6  # outliers
-    h[2] = 2.0 ** rng.uniform(-16, 0, 256) * (rng.random(256) < 0.7)  # inputs that are never there
+    h[2] = 2.0 ** rng.uniform(-16, 0, 256) * (rng.random(256) < 0.7)  # some inputs are always zero
     x[3, 64:] = np.abs(x[3, 64:]) + 0.5  # the minimum is above 0
     x[4] = np.round(x[4] * 4) / 4  # ties
     h[5] = 1
