@@ -9295,6 +9295,9 @@ struct llm_tokenizer {
     uint32_t n_ranks;
     bool spaces_cut;         /* no merge crosses the front of a space after another character */
     uint8_t joined[256][32]; /* [byte][byte / 8] one bit per pair of bytes that are adjacent in some piece */
+    uint8_t *char_joins;     /* bits of llm__bpe_join_bit, set where a piece goes on from one character to the next */
+    size_t join_mask;        /* bits - 1 */
+    uint16_t join_kinds[64][128]; /* [byte - 0xC0][byte before it - 0x80] bits llm__bpe_join_kind: such pieces exist */
     llm_token byte_tokens[256];
     llm_token ascii_tokens[128];      /* the pieces of one character of ASCII */
     llm__special_set raw, normalized; /* recognised in the raw text, and in the normalised text */
@@ -9533,10 +9536,32 @@ static size_t llm__bpe_merge(llm__env *env, const llm_tokenizer *t, llm__bpe_sym
     return n_merged ? llm__bpe_merge_by_heap(env, t, s, n) : n;
 }
 
-/* True if a merge may cross the boundary between p[-1] and p[0]. */
-static bool llm__bpe_may_join(const llm_tokenizer *t, const uint8_t *p) {
+/* Between characters that are not ASCII, two bytes say little. There we look at up to 3 bytes on both sides of the place.
+   A piece that crosses it has n_left bytes before it, or more if n_left is 3, and n_right bytes behind it. */
+static size_t llm__bpe_join_bit(const llm_tokenizer *t, const uint8_t *p, int n_left, int n_right) {
+    uint64_t key = (uint64_t)(4 * n_left + n_right) << 48;
+    for (int i = 0; i < n_left; i++) key |= (uint64_t)p[-1 - i] << 8 * i;
+    for (int i = 0; i < n_right; i++) key |= (uint64_t)p[i] << (24 + 8 * i);
+    return (size_t)llm__hash_mix(key * 0xD6E8FEB86659FD93u) & t->join_mask;
+}
+
+static int llm__bpe_join_kind(int n_left, int n_right) { return 3 * n_left + n_right - 4; }
+
+static bool llm__bpe_between_characters(const uint8_t *p) { return p[-1] >= 0x80 && *p >= 0xC0; }
+
+/* True if a merge may cross the boundary between p[-1] and p[0] in a word from `begin` to `end`. */
+static bool llm__bpe_may_join(const llm_tokenizer *t, const uint8_t *begin, const uint8_t *p, const uint8_t *end) {
     if (t->sentencepiece && (*p & 0xC0) == 0x80) return true; /* characters are never split */
-    return t->joined[p[-1]][*p / 8] >> *p % 8 & 1;
+    if (!(t->joined[p[-1]][*p / 8] >> *p % 8 & 1)) return false;
+    if (!llm__bpe_between_characters(p)) return true;
+    const unsigned kinds = t->join_kinds[*p - 0xC0][p[-1] - 0x80];
+    for (int n_left = p - begin < 3 ? (int)(p - begin) : 3; n_left; n_left--)
+        for (int n_right = end - p < 3 ? (int)(end - p) : 3; n_right; n_right--) {
+            if (!(kinds >> llm__bpe_join_kind(n_left, n_right) & 1)) continue;
+            size_t bit = llm__bpe_join_bit(t, p, n_left, n_right);
+            if (t->char_joins[bit / 8] >> bit % 8 & 1) return true;
+        }
+    return false;
 }
 
 /* The symbols that merging starts from: one token per byte or, for SentencePiece, per character. A character without a
@@ -9967,18 +9992,6 @@ static bool llm__enc_whole(llm__enc_job *job, const uint8_t *p, const uint8_t *e
     return true;
 }
 
-static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
-    bool unknown = false;
-    if (llm__enc_whole(job, p, end, job->t->ignore_merges)) return;
-    for (const uint8_t *begin = p; p < end;) {
-        const uint8_t *q = p + 1;
-        while (q < end && llm__bpe_may_join(job->t, q)) q++;
-        if (!(p == begin && q == end) && llm__enc_whole(job, p, q, false)) unknown = false;
-        else llm__enc_merge_word(job, p, (size_t)(q - p), &unknown);
-        p = q;
-    }
-}
-
 /* A word of up to 15 bytes and its tokens, if they are at most 3. */
 typedef struct llm__enc_known {
     uint64_t key[2]; /* the bytes, zeros, and the length in the last byte; all 0: the slot is free */
@@ -10000,26 +10013,6 @@ static void llm__enc_remember_words(llm__enc_job *job) {
     job->known_bits = bits;
 }
 
-/* Encodes a word that no slot holds, and puts it into this set of two if it fits: the newest word comes first. */
-static void llm__enc_new_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end, llm__enc_known *set,
-                              const uint64_t key[2]) {
-    llm__enc_job alone = *job;
-    llm__enc_known word = {{key[0], key[1]}, {0, 0, 0}, 0};
-    alone.ids = word.ids;
-    alone.capacity = 3;
-    alone.count = 0;
-    alone.after_bos = false;
-    llm__enc_word(&alone, p, end);
-    if (!alone.count || alone.count > 3) {
-        llm__enc_word(job, p, end);
-        return;
-    }
-    word.count = (llm_token)alone.count;
-    for (size_t i = 0; i < alone.count; i++) llm__enc_emit(job, word.ids[i]);
-    set[1] = set[0];
-    set[0] = word;
-}
-
 /* A word, and where to look it up. */
 typedef struct llm__enc_seen {
     const uint8_t *p;
@@ -10027,15 +10020,6 @@ typedef struct llm__enc_seen {
     uint64_t key[2];
     llm__enc_known *set; /* NULL: the word is not looked up */
 } llm__enc_seen;
-
-/* Words that are encoded together: first all are found, then all are looked up, then their tokens are stored. So the
-   memory they are looked up in is there by then. */
-enum { LLM__ENC_BATCH = 192 };
-
-typedef struct llm__enc_batch {
-    int n;
-    llm__enc_seen words[LLM__ENC_BATCH + LLM__BLOCK];
-} llm__enc_batch;
 
 /* Prepares the look-up of the word of n bytes at p, where 16 bytes can be read, in a table of 2^(64 - shift) sets. */
 static inline void llm__enc_see(llm__enc_seen *w, llm__enc_known *known, int shift, const uint8_t *p, size_t n) {
@@ -10063,6 +10047,66 @@ static inline const llm__enc_known *llm__enc_lookup(const llm__enc_seen *w) {
     return (slot->key[0] ^ w->key[0]) | (slot->key[1] ^ w->key[1]) ? NULL : slot;
 }
 
+static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w);
+
+/* A part of a word that no merge leaves. Unless whole words have rules of their own, it is encoded like a word. */
+static void llm__enc_part(llm__enc_job *job, const uint8_t *p, size_t n, bool whole, bool *unknown) {
+    if (whole || !llm__enc_whole(job, p, p + n, false)) llm__enc_merge_word(job, p, n, unknown);
+    else *unknown = false;
+}
+
+static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
+    bool unknown = false, known = job->known && !job->t->ignore_merges && !job->t->fuse_unk;
+    if (llm__enc_whole(job, p, end, job->t->ignore_merges)) return;
+    for (const uint8_t *begin = p, *q; p < end; p = q) {
+        for (q = p + 1; q < end && llm__bpe_may_join(job->t, p, q, end);) q++;
+        bool whole = p == begin && q == end;
+        if (known && !whole && end - p >= 16 && q - p <= LLM__KNOWN_LENGTH) {
+            llm__enc_seen part;
+            llm__enc_see(&part, job->known, 64 - job->known_bits, p, (size_t)(q - p));
+            llm__enc_seen_word(job, &part);
+        } else llm__enc_part(job, p, (size_t)(q - p), whole, &unknown);
+    }
+}
+
+/* Encodes a word that no slot holds, and puts it into this set of two if it fits: the newest word comes first. */
+static void llm__enc_new_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end, llm__enc_known *set,
+                              const uint64_t key[2]) {
+    llm__enc_job alone = *job;
+    llm__enc_known word = {{key[0], key[1]}, {0, 0, 0}, 0};
+    alone.ids = word.ids;
+    alone.capacity = 3;
+    alone.count = 0;
+    alone.after_bos = false;
+    alone.known = NULL; /* its parts are not looked up */
+    llm__enc_word(&alone, p, end);
+    if (!alone.count || alone.count > 3) {
+        llm__enc_word(job, p, end);
+        return;
+    }
+    word.count = (llm_token)alone.count;
+    for (size_t i = 0; i < alone.count; i++) llm__enc_emit(job, word.ids[i]);
+    set[1] = set[0];
+    set[0] = word;
+}
+
+/* Encodes a word of the table, or one that is new to it. */
+static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w) {
+    const llm__enc_known *slot = llm__enc_lookup(w);
+    if (!slot) llm__enc_new_word(job, w->p, w->p + w->n, w->set, w->key);
+    else
+        for (llm_token k = 0; k < slot->count; k++) llm__enc_emit(job, slot->ids[k]);
+}
+
+/* Words that are encoded together: first all are found, then all are looked up, then their tokens are stored. So the
+   memory they are looked up in is there by then. */
+enum { LLM__ENC_BATCH = 192 };
+
+typedef struct llm__enc_batch {
+    int n;
+    llm__enc_seen words[LLM__ENC_BATCH + LLM__BLOCK];
+} llm__enc_batch;
+
 /* Stores the tokens of the words from the i-th on, as long as they are known and fit. Returns the number of words.
    We copy 3 tokens of each, which takes no branch. The next word overwrites those that do not count. */
 static int llm__enc_store_known(llm__enc_job *job, const llm__enc_batch *batch, int i) {
@@ -10085,11 +10129,8 @@ static int llm__enc_store_known(llm__enc_job *job, const llm__enc_batch *batch, 
 static void llm__enc_flush(llm__enc_job *job, llm__enc_batch *batch) {
     for (int i = 0; (i += llm__enc_store_known(job, batch, i)) < batch->n; i++) {
         const llm__enc_seen *w = &batch->words[i];
-        const llm__enc_known *slot = w->set ? llm__enc_lookup(w) : NULL;
-        if (!w->set) llm__enc_word(job, w->p, w->p + w->n);
-        else if (!slot) llm__enc_new_word(job, w->p, w->p + w->n, w->set, w->key);
-        else
-            for (llm_token k = 0; k < slot->count; k++) llm__enc_emit(job, slot->ids[k]);
+        if (w->set) llm__enc_seen_word(job, w);
+        else llm__enc_word(job, w->p, w->p + w->n);
     }
     batch->n = 0;
 }
@@ -10619,6 +10660,12 @@ static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__v
     for (size_t i = 1; i < s.n; i++) {
         uint8_t left = (uint8_t)s.at[i - 1], right = (uint8_t)s.at[i];
         t->joined[left][right / 8] |= (uint8_t)(1 << right % 8);
+        const uint8_t *p = (const uint8_t *)s.at + i;
+        if (!llm__bpe_between_characters(p)) continue;
+        int n_left = i < 3 ? (int)i : 3, n_right = s.n - i < 3 ? (int)(s.n - i) : 3;
+        size_t bit = llm__bpe_join_bit(t, p, n_left, n_right);
+        t->char_joins[bit / 8] |= (uint8_t)(1 << bit % 8);
+        t->join_kinds[p[0] - 0xC0][p[-1] - 0x80] |= (uint16_t)(1 << llm__bpe_join_kind(n_left, n_right));
     }
 }
 
@@ -10686,6 +10733,8 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
     memset(t->pieces, 0xFF, room * sizeof *t->pieces);
     memset(t->byte_tokens, 0xFF, sizeof t->byte_tokens);
     t->whole = (uint8_t *)llm__alloc_zero(env, v->n_pieces, 1);
+    t->join_mask = 4 * room - 1;
+    t->char_joins = (uint8_t *)llm__alloc_zero(env, room / 2, 1);
     for (size_t first = 0; first < v->n_pieces; first += LLM__BUILD_AHEAD) {
         bool in_words[LLM__BUILD_AHEAD];
         size_t n = v->n_pieces - first;
