@@ -23,6 +23,8 @@ err_lines_are() { [ "$(wc -l <"$err")" -eq "$1" ] || { show; return 1; }; }
 no_text() { [ ! -s "$out" ] || { show; return 1; }; }
 both() { "$1" "$2" && "$3" ${4+"$4"}; }
 show() { echo "code $code" && sed 's/^/out: /' "$out" && sed 's/^/err: /' "$err"; }
+out_is() { grep -qxE -- "$1" "$out" || { show; return 1; }; }
+json_is() { python3 -c "import json, sys; a = json.load(open(sys.argv[1])); sys.exit(not ($1))" "$out" || { show; return 1; }; }
 same() { cmp "$1" "$2" || { head "$1" "$2"; return 1; }; }
 differ() { ! cmp -s "$1" "$2"; }
 
@@ -112,6 +114,29 @@ run -p "Tell me a story." -n 12 --temp 1 --top-k 1
 cp "$out" "$tmp/top"
 run -p "Tell me a story." -n 12
 check "--top-k 1 is greedy" same "$tmp/top" "$out"
+
+# ---- Grammars
+
+echo '{"type": "object", "properties": {"a": {"type": "integer", "minimum": 10, "maximum": 99}, "b": {"enum": ["x", "y"]}},
+       "required": ["a", "b"], "additionalProperties": false}' >"$tmp/schema.json"
+run -p "Tell me a story." --json-schema "$tmp/schema.json"
+check "--json-schema gives an answer that fits" both code_is 0 json_is 'sorted(a) == ["a", "b"] and 10 <= a["a"] <= 99 and a["b"] in "xy"'
+run -p "Tell me a story." --json-schema "$tmp/schema.json" --draft lookup
+check "the same with a draft" both code_is 0 json_is '10 <= a["a"] <= 99'
+echo 'root ::= "no " | "yes" [!?]{3}' >"$tmp/yes.gbnf"
+run --raw -p "Do you like it?" --grammar "$tmp/yes.gbnf"
+check "--grammar gives an answer that fits" both code_is 0 out_is 'no |yes[!?]{3}'
+run --raw -p "What is the date?" --regex '[0-9]{4}-(0[1-9]|1[0-2])-[0-3][0-9] \u00e9'
+check "--regex gives an answer that fits" both code_is 0 out_is '[0-9]{4}-(0[1-9]|1[0-2])-[0-3][0-9] é'
+run -p hello --json-schema "$tmp/absent.json"
+check "a missing schema is an error" both code_is 1 err_has absent.json
+echo '{"format": 5, "colour": "red"}' >"$tmp/schema.json"
+run -p hello --json-schema "$tmp/schema.json"
+check "a schema that is refused is an error" both err_has colour code_is 1
+run -p hello --regex '(a'
+check "a wrong regular expression is an error" both err_has "character" code_is 1
+run -p hello --regex a --grammar "$tmp/yes.gbnf"
+check "two grammars are a wrong use" code_is 2
 
 # ---- Drafts
 
