@@ -1305,6 +1305,22 @@ static __device__ void llm__attend_prefetch_step(const llm__attn_run &a, const i
     llm__chip_prefetch(from, (unsigned)(LLM_CACHE_BLOCK * a.kv.stride) * 2);
 }
 
+/* The cache blocks of a step: that of the warp's 16 keys, and all, for the values; 0 after the last one. They are found
+   a step ahead, because that takes as long as loading the keys. */
+typedef struct llm__step_blocks {
+    int own, all[LLM__STEP / LLM_CACHE_BLOCK];
+} llm__step_blocks;
+
+static __device__ llm__step_blocks llm__attend_find_blocks(const int *table, int key, int end) {
+    llm__step_blocks blocks;
+    int own = key + 16 * ((int)threadIdx.x / 32);
+    blocks.own = own < end ? __ldcg(table + own / LLM_CACHE_BLOCK) : 0;
+#pragma unroll
+    for (int i = 0; i < LLM__STEP / LLM_CACHE_BLOCK; i++)
+        blocks.all[i] = key + i * LLM_CACHE_BLOCK < end ? __ldcg(table + key / LLM_CACHE_BLOCK + i) : 0;
+    return blocks;
+}
+
 /* The operands that a warp loads in a step: all dimensions of 16 keys, and for 64 positions every fourth group of 16
    dimensions of the values. A head has up to DIMS * 64 dimensions. */
 template <int DIMS> struct llm__step_loads {
@@ -1322,13 +1338,13 @@ static __device__ uint4 llm__attend_first_of_8(uint4 v, int n) {
 }
 
 template <int DIMS>
-static __device__ void llm__attend_load_step(const llm__attn_run &a, const int *table, int key, int end,
+static __device__ void llm__attend_load_step(const llm__attn_run &a, const llm__step_blocks &blocks, int key, int end,
                                              llm__step_loads<DIMS> *loads) {
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, g = lane / 4, t = lane % 4, head = (int)blockIdx.y;
     const uint4 zeros = make_uint4(0, 0, 0, 0);
     int own = key + 16 * warp;
-    const uint16_t *keys = llm__cache_keys(a.kv, own < end ? __ldcg(table + own / LLM_CACHE_BLOCK) : 0, a.layer, head) +
-                           (size_t)(own % LLM_CACHE_BLOCK + g) * a.kv.stride + 8 * t;
+    const uint16_t *keys =
+        llm__cache_keys(a.kv, blocks.own, a.layer, head) + (size_t)(own % LLM_CACHE_BLOCK + g) * a.kv.stride + 8 * t;
 #pragma unroll
     for (int i = 0; i < 2 * DIMS; i++) {
         bool there = own < end && 32 * i < a.kv.stride;
@@ -1339,8 +1355,7 @@ static __device__ void llm__attend_load_step(const llm__attn_run &a, const int *
     for (int block = 0; block < LLM__STEP / LLM_CACHE_BLOCK; block++) {
         bool has_block = key + block * LLM_CACHE_BLOCK < end;
         const uint16_t *values =
-            llm__cache_values(a.kv, has_block ? __ldcg(table + key / LLM_CACHE_BLOCK + block) : 0, a.layer, head) +
-            g * LLM_CACHE_BLOCK + 8 * t;
+            llm__cache_values(a.kv, blocks.all[block], a.layer, head) + g * LLM_CACHE_BLOCK + 8 * t;
 #pragma unroll
         for (int d = 0; d < DIMS; d++) {
             int dim = 16 * (warp + d * LLM__ATTEND_WARPS);
@@ -1441,12 +1456,14 @@ static __device__ uint16_t *llm__attend_answer(const llm__attn_run &a, int row, 
     return a.out + (ptrdiff_t)row * a.out_stride + ((int)blockIdx.y * a.group + in_group - a.skipped) * a.head_dim;
 }
 
-/* Writes the answer of a row's span to a.out if it is the only span, otherwise to a.partial. */
+/* Writes the answer of a row's span to a.out if it is the only span, otherwise to a.partial. `blocks` are those of the
+   span's first step. */
 template <int COLUMNS, int DIMS>
 static __device__ void llm__attend_span(const llm__attn_run &a, llm__span_memory<COLUMNS> *m, int row, const int *table,
-                                        llm__spans spans, int span) {
+                                        llm__spans spans, int span, llm__step_blocks blocks) {
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int begin = spans.first_step + span * spans.length, end = llm__min(begin + spans.length, spans.n_keys);
+    constexpr bool AHEAD = DIMS <= 2; /* larger heads leave no registers for the next step's blocks */
     float answer[DIMS][COLUMNS / 8][4] = {};
     for (int i = (int)threadIdx.x; i < COLUMNS; i += (int)blockDim.x) {
         m->max[i] = -INFINITY;
@@ -1457,8 +1474,10 @@ static __device__ void llm__attend_span(const llm__attn_run &a, llm__span_memory
     __syncthreads();
     for (int key = begin; key < end; key += LLM__STEP) {
         llm__step_loads<DIMS> loads;
-        if (key + LLM__STEP < end) llm__attend_prefetch_step(a, table, key + LLM__STEP, end);
-        llm__attend_load_step<DIMS>(a, table, key, end, &loads);
+        llm__attend_prefetch_step(a, table, key + LLM__STEP, end);
+        if (!AHEAD) blocks = llm__attend_find_blocks(table, key, end);
+        llm__attend_load_step<DIMS>(a, blocks, key, end, &loads);
+        if (AHEAD) blocks = llm__attend_find_blocks(table, key + LLM__STEP, end);
         llm__attend_score<COLUMNS, DIMS>(a, m, loads, row, key + 16 * warp, spans);
         __syncthreads();
         llm__attend_weigh<COLUMNS>(m, a.group);
@@ -1529,11 +1548,14 @@ static __global__ void __launch_bounds__(LLM__ATTEND_WARPS * 32, COLUMNS == 8 &&
     const int *table = llm__rows_table(a.rows, row);
     int first = spans.first_step + (int)blockIdx.x * spans.length;
     if ((int)blockIdx.x >= spans.n) return;
+    llm__step_blocks blocks = llm__attend_find_blocks(table, first, spans.n_keys);
     llm__attend_prefetch_step(a, table, first, llm__min(first + spans.length, spans.n_keys));
     llm__chip_wait_for_previous();
     for (int span = (int)blockIdx.x; span < spans.n; span += (int)gridDim.x) {
         unsigned *n_done = &a.n_done[row * a.kv.n_heads + (int)blockIdx.y];
-        llm__attend_span<COLUMNS, DIMS>(a, &m, row, table, spans, span);
+        if (span != (int)blockIdx.x)
+            blocks = llm__attend_find_blocks(table, spans.first_step + span * spans.length, spans.n_keys);
+        llm__attend_span<COLUMNS, DIMS>(a, &m, row, table, spans, span, blocks);
         if (spans.n == 1) return;
         if (threadIdx.x == 0) m.is_last = llm__chip_count_up(n_done) + 1 == (unsigned)spans.n;
         __syncthreads();
