@@ -10055,17 +10055,27 @@ static void llm__enc_part(llm__enc_job *job, const uint8_t *p, size_t n, bool wh
     else *unknown = false;
 }
 
+/* Parts are found some at a time, so that the memory they are looked up in is there by then. */
 static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
-    bool unknown = false, known = job->known && !job->t->ignore_merges && !job->t->fuse_unk;
+    enum { AT_ONCE = 16 };
+    llm__enc_seen parts[AT_ONCE];
+    const bool known = job->known && !job->t->ignore_merges && !job->t->fuse_unk;
+    bool unknown = false;
     if (llm__enc_whole(job, p, end, job->t->ignore_merges)) return;
-    for (const uint8_t *begin = p, *q; p < end; p = q) {
-        for (q = p + 1; q < end && llm__bpe_may_join(job->t, p, q, end);) q++;
-        bool whole = p == begin && q == end;
-        if (known && !whole && end - p >= 16 && q - p <= LLM__KNOWN_LENGTH) {
-            llm__enc_seen part;
-            llm__enc_see(&part, job->known, 64 - job->known_bits, p, (size_t)(q - p));
-            llm__enc_seen_word(job, &part);
-        } else llm__enc_part(job, p, (size_t)(q - p), whole, &unknown);
+    for (const uint8_t *begin = p, *q; p < end;) {
+        int n = 0;
+        for (; p < end && n < AT_ONCE; p = q, n++) {
+            for (q = p + 1; q < end && llm__bpe_may_join(job->t, p, q, end);) q++;
+            parts[n].p = p;
+            parts[n].n = (size_t)(q - p);
+            parts[n].set = NULL;
+            if (known && end - p >= 16) llm__enc_see(&parts[n], job->known, 64 - job->known_bits, p, (size_t)(q - p));
+        }
+        for (int i = 0; i < n; i++)
+            if (parts[i].set) llm__enc_seen_word(job, &parts[i]);
+            else
+                llm__enc_part(job, parts[i].p, parts[i].n, parts[i].p == begin && parts[i].p + parts[i].n == end,
+                              &unknown);
     }
 }
 
