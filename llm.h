@@ -10110,11 +10110,11 @@ static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w) {
 
 /* Words that are encoded together: first all are found, then all are looked up, then their tokens are stored. So the
    memory they are looked up in is there by then. */
-enum { LLM__ENC_BATCH = 192 };
+enum { LLM__ENC_BATCH = 192, LLM__ENC_BATCH_ROOM = 192 + 64 };
 
 typedef struct llm__enc_batch {
     int n;
-    llm__enc_seen words[LLM__ENC_BATCH + LLM__BLOCK];
+    llm__enc_seen words[LLM__ENC_BATCH_ROOM]; /* LLM__ENC_BATCH, and the words of one more block */
 } llm__enc_batch;
 
 /* Stores the tokens of the words from the i-th on, as long as they are known and fit. Returns the number of words.
@@ -10582,6 +10582,14 @@ enum { LLM__BUILD_AHEAD = 16 };
 
 enum { LLM__MAX_PIECE = 65535, LLM__MAX_SPM_PIECE = 512, LLM__MAX_SPECIAL = 512, LLM__MAX_PROBES = 2000 };
 
+/* Limits of a tokenizer's tables. What is built within them can be packed, and a packed file with more is refused. */
+enum {
+    LLM__MOST_TOKENS = 1 << 24,
+    LLM__MOST_MERGES = 1 << 26,
+    LLM__MOST_SLOTS = 1 << 27, /* of a hash table; LLM__MOST_MERGES fill two thirds of the next power of two at most */
+    LLM__MOST_TEXT = INT32_MAX /* bytes of all tokens' texts */
+};
+
 static size_t llm__hash_slots(size_t least) {
     size_t n = 16;
     while (n < least) n *= 2;
@@ -10732,7 +10740,7 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
             llm__vocab_check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_PIECE);
         total += v->pieces[i].n;
     }
-    if (total > UINT32_MAX)
+    if (total > LLM__MOST_TEXT)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s has %llu bytes", v->pieces_name, (unsigned long long)total);
     size_t room = llm__hash_slots(v->n_pieces + v->n_pieces / 2);
     t->offsets = (uint32_t *)llm__alloc_zero(env, v->n_pieces + 1, sizeof *t->offsets);
@@ -10762,6 +10770,9 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
 
 static void llm__bpe_pairs_resize(llm__env *env, llm_tokenizer *t, size_t room) {
     llm__bpe_pair_slot *old = t->pairs;
+    if (room > LLM__MOST_SLOTS)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the merges need a table of %llu slots, which is too large",
+                  (unsigned long long)room);
     size_t n_old = old ? t->pair_mask + 1 : 0, probes = 0;
     t->pairs = (llm__bpe_pair_slot *)llm__alloc(env, room, sizeof *t->pairs);
     memset(t->pairs, 0xFF, room * sizeof *t->pairs);
@@ -11060,7 +11071,7 @@ static void llm__tokenizer_parse_chat(llm__env *env, llm_tokenizer *t) {
 
 static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_source *v) {
     llm_tokenizer *t = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *t);
-    if (v->n_pieces < 1 || v->n_pieces > 1 << 24 || v->n_merges > 1 << 26)
+    if (v->n_pieces < 1 || v->n_pieces > LLM__MOST_TOKENS || v->n_merges > LLM__MOST_MERGES)
         llm__fail(env, LLM_ERROR_FORMAT, "%s has %llu entries, %s %llu", v->pieces_name,
                   (unsigned long long)v->n_pieces, v->merges_name, (unsigned long long)v->n_merges);
     t->host = env->pool->host;
@@ -12346,7 +12357,7 @@ static llm_tokenizer *llm__tokenizer_from_directory(llm__env *env, const char *d
 /* The number of slots of a hash table; 0 is not possible. */
 static size_t llm__packed_slots(llm__packed *p, const char *what, size_t mask) {
     int n = (int)(mask + 1);
-    llm__packed_int(p, what, &n, 16, 1 << 28);
+    llm__packed_int(p, what, &n, 16, LLM__MOST_SLOTS);
     if (n & (n - 1)) llm__fail(p->r.env, LLM_ERROR_FORMAT, "%s is %d, not a power of two", what, n);
     return (size_t)n;
 }
@@ -12455,7 +12466,7 @@ static void llm__packed_vocabulary(llm__packed *p, llm_tokenizer *t) {
     int prefix = (int)t->prefix, n_bytes = t->offsets ? (int)t->offsets[t->n_vocab] : 0;
     bool nfc = t->nfc != NULL;
     llm__str chat = {t->chat_template ? t->chat_template : "", t->chat_template ? strlen(t->chat_template) : 0};
-    llm__packed_int(p, "the number of tokens", &t->n_vocab, 1, 1 << 24);
+    llm__packed_int(p, "the number of tokens", &t->n_vocab, 1, LLM__MOST_TOKENS);
     llm__packed_int(p, "the token that begins a text", &t->bos, LLM__NONE, t->n_vocab - 1);
     llm__packed_int(p, "the token that ends a text", &t->eos, LLM__NONE, t->n_vocab - 1);
     llm__packed_int(p, "the token for unknown text", &t->unk, LLM__NONE, t->n_vocab - 1);
@@ -12471,7 +12482,7 @@ static void llm__packed_vocabulary(llm__packed *p, llm_tokenizer *t) {
     llm__packed_rules(p, t->rules);
     llm__packed_bytes(p, t->byte_tokens, sizeof t->byte_tokens);
     llm__packed_bytes(p, t->joined, sizeof t->joined);
-    llm__packed_int(p, "the length of the tokens' texts", &n_bytes, 0, INT32_MAX);
+    llm__packed_int(p, "the length of the tokens' texts", &n_bytes, 0, LLM__MOST_TEXT);
     const size_t n_pieces = llm__packed_slots(p, "the number of slots for tokens", t->piece_mask),
                  n_pairs = llm__packed_slots(p, "the number of slots for merges", t->pair_mask), n = (size_t)t->n_vocab;
     t->flags = (uint16_t *)llm__packed_array(p, t->flags, n, sizeof *t->flags);
@@ -13153,11 +13164,10 @@ typedef struct llm__kernel_ended {
    k. */
 typedef struct llm__kernel_tile_product {
     const uint8_t *a; /* [n_rows][a_blocks] blocks of 16 rows and 32 k of bf16, see llm__kernel_packed_row         */
-    int n_rows, a_blocks; /* n_rows counts groups of 16 rows */
-    const uint8_t *const
-        *b;               /* [n_blocks] the first tile's blocks of 32 k, for example in bf16: [16 pairs of k][16][2] */
-    size_t b_next;        /* distance in bytes to the second tile's blocks */
-    int n_blocks, n_cols; /* n_cols: number of tiles, 1 or 2 */
+    int n_rows, a_blocks;    /* n_rows counts groups of 16 rows */
+    const uint8_t *const *b; /* [n_blocks] the first tile's blocks of 32 k; bf16: 1 KB each, [16 pairs of k][16][2] */
+    size_t b_next;           /* distance in bytes to the second tile's blocks */
+    int n_blocks, n_cols;    /* n_cols: number of tiles, 1 or 2 */
     float *c;
     size_t c_stride;
     bool add;
@@ -13237,8 +13247,9 @@ typedef struct llm__kernels {
                   const float *part, int n);
     /* y = x * factor, rounded to bf16 if `round`. */
     void (*scale)(const float *x, float factor, int n, bool round, float *y);
-    void (*add)(float *y, const float *x, int n);               /* y += x */
-    void (*weigh)(float *y, const float *x, int n, bool round); /* y = y * x; n is a multiple of 16 */
+    void (*add)(float *y, const float *x, int n); /* y += x */
+    /* y = y * x, rounded to bf16 if `round`; n is a multiple of 16. */
+    void (*weigh)(float *y, const float *x, int n, bool round);
     /* Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given. */
     void (*rope)(float *x, const float *cosines, const float *sines, int half);
     /* The limits that benchmarks compare with. `read` reads n bytes and ignores them. `multiply` does n times 2 * 16 *
@@ -16417,8 +16428,8 @@ typedef struct llm__attn_work {
     const int *blocks;          /* the sequence's table of cache blocks                                    */
     float *q, *scores;          /* [padded][head_stride], [padded][LLM__SCORES]                            */
     uint8_t *packed;            /* queries, then softmax weights; NULL if there are too few to pack        */
-    uint8_t *unpacked;          /* with `packed`: tiles of an int8 cache as bf16                           */
-    float key_scales[LLM__CHUNK], value_scales[LLM__CHUNK]; /* of an int8 cache                            */
+    uint8_t *unpacked;          /* with `packed`: tiles of an int8 cache, in bf16                          */
+    float key_scales[LLM__CHUNK], value_scales[LLM__CHUNK]; /* of a chunk of an int8 cache                 */
 } llm__attn_work;
 
 /* Floats in a partial result of attention: [padded][head_stride] weighted sums of values, then [padded] maxima, then
@@ -18532,6 +18543,7 @@ typedef struct llm__quantize_args {
 /* A file that is being written. If it is still open when its memory is freed, it is closed. */
 typedef struct llm__out {
     FILE *file;
+    const char *path;
     const char *unfinished; /* a file to remove when this memory is freed; NULL: it stays */
 } llm__out;
 
@@ -18550,8 +18562,10 @@ static void llm__out_release(void *data) {
     if (out->unfinished) llm__path_remove(out->unfinished);
 }
 
+/* `path` must live as long as the result. */
 static llm__out *llm__out_open(llm__env *env, const char *path) {
     llm__out *out = (llm__out *)llm__alloc_zero(env, 1, sizeof *out);
+    out->path = path;
     llm__pool_on_free(out, llm__out_release);
 #if defined(_WIN32)
     wchar_t wide[1024];
@@ -18567,14 +18581,18 @@ static llm__out *llm__out_create(llm__env *env, const char *directory, const cha
     return llm__out_open(env, llm__path_join(env, directory, name));
 }
 
+static void llm__out_fail(llm__env *env, const llm__out *out) {
+    llm__fail(env, LLM_ERROR_IO, "writing %s failed: %s", out->path, strerror(errno));
+}
+
 static void llm__out_put(llm__env *env, llm__out *out, const void *bytes, size_t n) {
-    if (n && fwrite(bytes, 1, n, out->file) != n) llm__fail(env, LLM_ERROR_IO, "writing failed: %s", strerror(errno));
+    if (n && fwrite(bytes, 1, n, out->file) != n) llm__out_fail(env, out);
 }
 
 static void llm__out_close(llm__env *env, llm__out *out) {
     FILE *file = out->file;
     out->file = NULL;
-    if (fclose(file)) llm__fail(env, LLM_ERROR_IO, "writing failed: %s", strerror(errno));
+    if (fclose(file)) llm__out_fail(env, out);
     llm__free(env->pool, out);
 }
 
@@ -19506,7 +19524,7 @@ static llm__out *llm__out_begin(llm__env *env, const char *to) {
 static void llm__out_finish(llm__env *env, llm__out *out, const char *to) {
     FILE *file = out->file;
     out->file = NULL;
-    if (fclose(file)) llm__fail(env, LLM_ERROR_IO, "writing failed: %s", strerror(errno));
+    if (fclose(file)) llm__out_fail(env, out);
 #if defined(_WIN32)
     wchar_t wide[1024], wide_to[1024];
     bool moved = MultiByteToWideChar(CP_UTF8, 0, out->unfinished, -1, wide, 1024) &&

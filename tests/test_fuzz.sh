@@ -44,11 +44,12 @@ passed() {
     [ "$(cat "$here/$1.code")" -eq 0 ] || shows_why "$1"
 }
 
-# Makes packed files from the seeds that are GGUF files.
+# Makes packed files from the seeds that are GGUF files or directories.
 packs() {
     mkdir -p "$1/packed"
     rm -f "$1"/packed/seed-*
     for seed in "$1"/gguf/seed-*; do "$here/../quantize" --pack "$seed" "$1/packed/${seed##*/}" || return 1; done
+    for name in llama qwen2 int8; do "$here/../quantize" --pack "tests/golden/hf/$name" "$1/packed/seed-hf-$name" || return 1; done
 }
 
 mkdir -p "$here/corpus" "$here/findings"

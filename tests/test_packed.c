@@ -8,6 +8,8 @@
 #include "llm.h"
 #include "tests/common.h"
 #if !defined(_WIN32)
+#include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #endif
 
@@ -202,11 +204,10 @@ static void test_same_file(void **state) {
         const tiny_spec *spec;
         llm_dtype dtype;
         uint64_t checksum;
-    } files[] = {{&TINY_ODD, LLM_DTYPE_F32, 0x8da9bad1d6dab0f8},
-                 {&TINY_ODD, LLM_DTYPE_BF16, 0xa4bea2d62930a922},
-                 {&TINY_ODD, LLM_DTYPE_INT8, 0xa40b7819d0cb829b},
-                 {&TINY_ODD, LLM_DTYPE_INT4, 0x0435a1b0a0efd6e1},
-                 {&TINY_ALL_TYPES, LLM_DTYPE_FILE, 0x3bcd36ae88f23fac}};
+    } files[] = {{&TINY_ODD, LLM_DTYPE_F32, 0x8da9bad1d6dab0f8},        {&TINY_ODD, LLM_DTYPE_BF16, 0xa4bea2d62930a922},
+                 {&TINY_ODD, LLM_DTYPE_INT8, 0xa40b7819d0cb829b},       {&TINY_ODD, LLM_DTYPE_INT4, 0x0435a1b0a0efd6e1},
+                 {&TINY_ALL_TYPES, LLM_DTYPE_FILE, 0x3bcd36ae88f23fac}, {&TINY_2_4, LLM_DTYPE_BF16, 0x8746b7946471882a},
+                 {&TINY_2_4, LLM_DTYPE_INT8, 0xf2469f79af2e6d31}};
     (void)state;
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         for (size_t j = 0; j < sizeof sets / sizeof *sets; j++) {
@@ -303,6 +304,45 @@ static void test_refusals(void **state) {
     free(gguf);
     free(first);
     free(file.at);
+}
+
+static void resize_pairs(llm__env *env, void *room) {
+    llm_tokenizer *t = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *t);
+    llm__bpe_pairs_resize(env, t, *(const size_t *)room);
+}
+
+/* Tables have the same limits when they are built and when they are read. */
+static void test_large_tables(void **state) {
+    enum { MOST = LLM__MOST_SLOTS };
+    size_t room = 2 * (size_t)MOST;
+    const char *path = new_path();
+    llm_model *model = load_tiny(&TINY_ODD, LLM_DTYPE_FILE);
+    const int32_t slots[2] = {(int32_t)model->tokenizer->piece_mask + 1, (int32_t)model->tokenizer->pair_mask + 1},
+                  too_many = 2 * MOST;
+    llm__pool pool;
+    llm__env env;
+    llm_error err;
+    (void)state;
+    assert_int_equal(llm__hash_slots(LLM__MOST_TOKENS + LLM__MOST_TOKENS / 2) <= MOST, true);
+    assert_int_equal(llm__hash_slots(LLM__MOST_MERGES + LLM__MOST_MERGES / 2), MOST);
+    llm__pool_init(&pool, NULL);
+    llm__env_init(&env, &pool, &err, NULL);
+    assert_int_equal(llm__env_run(&env, resize_pairs, &room), LLM_ERROR_UNSUPPORTED);
+    assert_explained(LLM_ERROR_UNSUPPORTED, &err);
+    llm__pool_free(&pool);
+    save(model, path);
+    llm_model_free(model);
+    bytes file = read_file(path);
+    size_t at = (size_t)llm__bytes_u64(file.at + 56); /* the tokenizer */
+    while (!same(file.at + at, slots, sizeof slots)) at += 4;
+    for (int i = 0; i < 2; i++) {
+        memcpy(file.at + at + 4 * i, &too_many, 4);
+        seal(file);
+        refuses(file.at, file.n, NULL, LLM_ERROR_FORMAT, i ? "slots for merges is" : "slots for tokens is");
+        memcpy(file.at + at + 4 * i, &slots[i], 4);
+    }
+    free(file.at);
+    assert_int_equal(remove(path), 0);
 }
 
 /* A header has the right checksum but names another type of weights. The file must be refused, or the model must work:
@@ -441,8 +481,27 @@ static void test_saving(void **state) {
     llm_quantize_desc quantize = {.type = "Q8_0"};
     assert_int_equal(llm_quantize_gguf(path, new_path(), &quantize, &err), LLM_ERROR_UNSUPPORTED);
     assert_non_null(strstr(err.message, "this is a packed file"));
+    assert_int_equal(llm_quantize_directory(path, new_path(), NULL, &err), LLM_ERROR_UNSUPPORTED);
+    assert_non_null(strstr(err.message, "this is not a directory"));
+    assert_int_equal(llm_prune_directory(path, new_path(), LLM_DTYPE_BF16, NULL, NULL, &err), LLM_ERROR_UNSUPPORTED);
+    assert_non_null(strstr(err.message, "this is not a directory"));
     llm_model_free(model);
     assert_int_equal(remove(path), 0);
+#if !defined(_WIN32)
+    /* A full disk: no file may be longer than 4 kB. */
+    struct rlimit old, low;
+    model = load_tiny(&TINY_ODD, LLM_DTYPE_FILE);
+    signal(SIGXFSZ, SIG_IGN);
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &old), 0);
+    low = old;
+    low.rlim_cur = 4096;
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &low), 0);
+    assert_int_equal(llm_model_save_packed(model, path, NULL, &err), LLM_ERROR_IO);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &old), 0);
+    if (!strstr(err.message, path)) fail_msg("\"%s\" does not name the file", err.message);
+    assert_int_equal(access(path, F_OK), -1);
+    llm_model_free(model);
+#endif
 }
 
 static bool stop_half_way(void *user, float done) {
@@ -594,6 +653,7 @@ int main(void) {
         cmocka_unit_test(test_formats),
         cmocka_unit_test(test_same_file),
         cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_large_tables),
         cmocka_unit_test(test_other_types),
         cmocka_unit_test(test_keep_zeros),
         cmocka_unit_test(test_bad_callbacks),
