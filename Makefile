@@ -415,7 +415,7 @@ clean:
 help:
 	echo "make             build $(PROGRAMS)"
 	echo "make run         download the default model once and let it continue a text; MODEL=path uses another model"
-	echo "make test        run all tests (about 20 minutes on two cores); T=name runs the tests with this in their names"
+	echo "make test        run all tests (about 50 minutes on two cores); T=name runs the tests with this in their names"
 	echo "make server      build build/server, which answers many users through an API like OpenAI's (needs libmicrohttpd)"
 	echo "make mpi         build $(MPI_PROGRAMS), for several processes (Open MPI or MPICH)"
 	echo "make test-cuda   run the tests of llm_cuda.cu; needs no GPU"
