@@ -723,8 +723,9 @@ LLM_API void llm_tokenizer_free(llm_tokenizer *tokenizer);
 LLM_API int64_t llm_encode(const llm_tokenizer *tokenizer, const char *text, size_t n_bytes, unsigned flags,
                            llm_token *ids, size_t capacity, llm_error *err);
 
-/* Token ids to text and a NUL; returns the bytes of the whole text without the NUL. Ids outside the vocabulary are
-   skipped. The text may begin or end inside a character: for output that comes token by token use a stream. */
+/* Token ids to text and a NUL; returns the bytes of the whole text without the NUL. The bytes of `text` behind the NUL
+   are undefined. Ids outside the vocabulary are skipped. The text may begin or end inside a character: for output that
+   comes token by token use a stream. */
 LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n_ids, unsigned flags,
                           char *text, size_t capacity);
 
@@ -9536,14 +9537,19 @@ static size_t llm__bpe_merge(llm__env *env, const llm_tokenizer *t, llm__bpe_sym
     return n_merged ? llm__bpe_merge_by_heap(env, t, s, n) : n;
 }
 
-/* Between characters that are not ASCII, two bytes say little. There we look at up to 3 bytes on both sides of the place.
-   A piece that crosses it has n_left bytes before it, or more if n_left is 3, and n_right bytes behind it. */
+/* Between characters that are not ASCII, two bytes say little. There we look at up to 3 bytes on both sides of the
+   place. A piece that crosses it has n_left bytes before it and n_right bytes behind it; 3 stands for 3 or more. */
 static size_t llm__bpe_join_bit(const llm_tokenizer *t, const uint8_t *p, int n_left, int n_right) {
     uint64_t key = (uint64_t)(4 * n_left + n_right) << 48;
     for (int i = 0; i < n_left; i++) key |= (uint64_t)p[-1 - i] << 8 * i;
     for (int i = 0; i < n_right; i++) key |= (uint64_t)p[i] << (24 + 8 * i);
     return (size_t)llm__hash_mix(key * 0xD6E8FEB86659FD93u) & t->join_mask;
 }
+
+/* The size of char_joins if `pieces` has so many slots. */
+static size_t llm__bpe_join_bits(size_t slots) { return 4 * slots; }
+
+static size_t llm__bpe_join_bytes(size_t slots) { return (llm__bpe_join_bits(slots) + 7) / 8; }
 
 static int llm__bpe_join_kind(int n_left, int n_right) { return 3 * n_left + n_right - 4; }
 
@@ -9887,7 +9893,6 @@ static inline uint64_t llm__pre_llama3_starts(const llm__pre_block *b, int most,
     if (cased) letters |= b->upper & (b->letters & ~b->upper) << 1;
     uint64_t starts = letters | mark_starts | llm__pre_number_starts(b->digits, most) | 1;
     starts |= b->newlines & ~eaten & ~(b->spaces << 1); /* a run of white space up to its last newline */
-    starts |= b->newlines & ~eaten & eaten << 1;
     starts |= gaps & ~(b->spaces << 1);
     starts |= gaps & eaten << 1;
     starts |= gaps & ~(b->spaces >> 1); /* the last character belongs to the next word */
@@ -10049,7 +10054,7 @@ static inline const llm__enc_known *llm__enc_lookup(const llm__enc_seen *w) {
 
 static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w);
 
-/* A part of a word that no merge leaves. Unless whole words have rules of their own, it is encoded like a word. */
+/* A part of a word that no merge leaves. `whole`: it is the whole word, which was looked for already. */
 static void llm__enc_part(llm__enc_job *job, const uint8_t *p, size_t n, bool whole, bool *unknown) {
     if (whole || !llm__enc_whole(job, p, p + n, false)) llm__enc_merge_word(job, p, n, unknown);
     else *unknown = false;
@@ -10751,8 +10756,8 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
     memset(t->pieces, 0xFF, room * sizeof *t->pieces);
     memset(t->byte_tokens, 0xFF, sizeof t->byte_tokens);
     t->whole = (uint8_t *)llm__alloc_zero(env, v->n_pieces, 1);
-    t->join_mask = 4 * room - 1;
-    t->char_joins = (uint8_t *)llm__alloc_zero(env, room / 2, 1);
+    t->join_mask = llm__bpe_join_bits(room) - 1;
+    t->char_joins = (uint8_t *)llm__alloc_zero(env, llm__bpe_join_bytes(room), 1);
     for (size_t first = 0; first < v->n_pieces; first += LLM__BUILD_AHEAD) {
         bool in_words[LLM__BUILD_AHEAD];
         size_t n = v->n_pieces - first;
@@ -12482,6 +12487,7 @@ static void llm__packed_vocabulary(llm__packed *p, llm_tokenizer *t) {
     llm__packed_rules(p, t->rules);
     llm__packed_bytes(p, t->byte_tokens, sizeof t->byte_tokens);
     llm__packed_bytes(p, t->joined, sizeof t->joined);
+    llm__packed_bytes(p, t->join_kinds, sizeof t->join_kinds);
     llm__packed_int(p, "the length of the tokens' texts", &n_bytes, 0, LLM__MOST_TEXT);
     const size_t n_pieces = llm__packed_slots(p, "the number of slots for tokens", t->piece_mask),
                  n_pairs = llm__packed_slots(p, "the number of slots for merges", t->pair_mask), n = (size_t)t->n_vocab;
@@ -12491,10 +12497,12 @@ static void llm__packed_vocabulary(llm__packed *p, llm_tokenizer *t) {
     t->pieces = (llm__vocab_piece_slot *)llm__packed_array(p, t->pieces, n_pieces, sizeof *t->pieces);
     t->pairs = (llm__bpe_pair_slot *)llm__packed_array(p, t->pairs, n_pairs, sizeof *t->pairs);
     t->pair_filter = (uint8_t *)llm__packed_array(p, t->pair_filter, n_pairs, 1);
+    t->char_joins = (uint8_t *)llm__packed_array(p, t->char_joins, llm__bpe_join_bytes(n_pieces), 1);
     if (p->file) {
         t->prefix = (llm__vocab_prefix)prefix;
         t->piece_mask = n_pieces - 1;
         t->pair_mask = n_pairs - 1;
+        t->join_mask = llm__bpe_join_bits(n_pieces) - 1;
         if (nfc) t->nfc = llm__nfc_build(p->r.env);
         if (chat.n) t->chat_template = llm__str_copy(p->r.env, chat.at, chat.n);
         llm__packed_check_tables(p->r.env, t, (size_t)n_bytes);
@@ -20716,6 +20724,7 @@ enum {
     LLM__GRAM_MOST_NODES = 1 << 20, /* nodes of its automaton */
     LLM__GRAM_MOST_COUNT = 1 << 20, /* of a counted repetition */
     LLM__GRAM_MOST_DEPTH = 100,     /* of groups inside groups */
+    LLM__GRAM_MOST_URI = 4000,      /* bytes of an $id or $ref and of the $id around it */
     LLM__GRAM_MOST_KEY = 200,       /* characters of a property's name beside others that are not named */
     LLM__GRAM_MOST_ITEMS = 1 << 14, /* items of a state */
     LLM__GRAM_KEPT_BYTES = 1 << 25, /* of all states; if they take more, the next mask begins without any */
@@ -22963,7 +22972,7 @@ typedef struct llm__gram_uri {
 
 static llm__str llm__gram_take_until(llm__str *rest, const char *stops) {
     llm__str taken = {rest->at, 0};
-    while (taken.n < rest->n && !strchr(stops, rest->at[taken.n])) taken.n++;
+    while (taken.n < rest->n && (!rest->at[taken.n] || !strchr(stops, rest->at[taken.n]))) taken.n++;
     rest->at += taken.n;
     rest->n -= taken.n;
     return taken;
@@ -23016,9 +23025,11 @@ static size_t llm__gram_remove_dots(char *path, size_t n) {
 }
 
 /* What a reference means beside a base, both without fragments. */
-static llm__str llm__gram_resolve_uri(llm__env *env, llm__str base, llm__str text) {
+static llm__str llm__gram_resolve_uri(llm__gram_schema *s, const llm__json *schema, llm__str base, llm__str text) {
     llm__gram_uri from = llm__gram_split_uri(base), uri = llm__gram_split_uri(text);
-    char *made = (char *)llm__alloc(env, base.n + text.n + 2, 1);
+    if (base.n + text.n > LLM__GRAM_MOST_URI) llm__gram_refuse(s, schema, "a URI is longer than 4,000 bytes");
+    llm__gram_spend(s, schema, base.n + text.n);
+    char *made = (char *)llm__alloc(s->b->env, base.n + text.n + 2, 1);
     llm__str folder = {"", 0}, result = {made, 0};
     bool relative = !uri.scheme.n && !uri.authority.n && uri.path.n && *uri.path.at != '/', same = !text.n;
     if (relative) {
@@ -23082,7 +23093,7 @@ static size_t llm__gram_read_id(llm__gram_schema *s, const llm__json *schema, si
         s->resources = (llm__gram_resource *)llm__alloc_grow(env, s->resources, s->n_resources, &s->resources_room,
                                                              sizeof *s->resources);
         s->resources[s->n_resources].schema = schema;
-        s->resources[s->n_resources].uri = llm__gram_resolve_uri(env, base, uri);
+        s->resources[s->n_resources].uri = llm__gram_resolve_uri(s, schema, base, uri);
         resource = s->n_resources++;
     }
     if (name.n) llm__gram_add_anchor(s, schema, resource, name, false);
@@ -23146,6 +23157,7 @@ static const llm__json *llm__gram_follow(llm__gram_schema *s, const llm__json *s
                                          llm__str path) {
     const char *p = path.at, *end = path.at + path.n;
     const llm__json *top = at;
+    llm__gram_spend(s, schema, path.n);
     char *name = (char *)llm__alloc(s->b->env, path.n + 1, 1);
     while (at && p < end) {
         llm__str key = {name, 0};
@@ -23200,12 +23212,14 @@ static const llm__json *llm__gram_resolve(llm__gram_schema *s, const llm__json *
     const llm__json *at = NULL;
     bool dynamic = llm__str_is(ref->key, "$dynamicRef");
     llm__gram_spend(s, schema, s->n_resources + s->n_anchors);
+    if (!schema->string.n && !llm__gram_is_made(schema) && s->n_resources > 1)
+        llm__gram_refuse(s, schema, "a $ref where no schema should be is not supported beside an $id");
     if (llm__str_is(ref->key, "$recursiveRef") && (ref->string.n != 1 || place.n || uri.n || s->n_resources > 1))
         llm__gram_refuse(s, schema, "a $recursiveRef beside an $id is not supported");
     if (!uri.n) {
         resource = own;
     } else {
-        uri = llm__gram_resolve_uri(s->b->env, s->resources[own].uri, uri);
+        uri = llm__gram_resolve_uri(s, schema, s->resources[own].uri, uri);
         for (size_t i = 0; i < s->n_resources; i++) {
             if (!llm__str_equal(s->resources[i].uri, uri)) continue;
             if (resource == SIZE_MAX) resource = i;
@@ -24302,7 +24316,8 @@ static llm__gram_cases llm__gram_cases_of(llm__gram_schema *s, const llm__json *
     schema = llm__gram_meant(schema);
     bool object = schema->type == LLM__JSON_OBJECT;
     if (depth > LLM__GRAM_MOST_LEVELS) llm__gram_refuse(s, schema, "it refers to itself without anything in between");
-    llm__gram_spend(s, schema, 32);
+    llm__gram_spend(s, schema,
+                    4096 + 64 * (object ? schema->n : 0)); /* a call keeps kilobytes, and walks the members */
     llm__gram_add_seen_one(s, &cases, NULL, object && llm__gram_looks(s, schema, items, inner) ? schema : NULL);
     if (!object) return cases;
     llm__gram_check_keywords(s, schema);
@@ -24345,12 +24360,11 @@ static llm__gram_cases llm__gram_cases_of(llm__gram_schema *s, const llm__json *
             llm__gram_cases after = llm__gram_cases_of(s, then, items, true, depth + 1);
             llm__gram_combine(s, &own, &after);
         }
-        llm__gram_add_cases(s, &fits, &own, first);
-        bool all = false;
+        bool all = llm__gram_add_cases(s, &fits, &own, first) && other;
         if (other) {
             own = llm__gram_cases_of(s, other, items, true, depth + 1);
-            all = llm__gram_add_cases(s, &fits, &own,
-                                      llm__gram_put_not(s, llm__gram_make(s, LLM__JSON_ARRAY), NULL, first));
+            all &= llm__gram_add_cases(s, &fits, &own,
+                                       llm__gram_put_not(s, llm__gram_make(s, LLM__JSON_ARRAY), NULL, first));
         }
         if (!all) llm__gram_add_seen_one(s, &fits, NULL, NULL);
         llm__gram_combine(s, &cases, &fits);

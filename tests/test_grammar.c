@@ -710,10 +710,32 @@ static void test_bad(void **state) {
     assert_refused(llm_grammar_from_json_schema,
                    "{\"$ref\":\"#/$defs/a/$defs/b\",\"$defs\":{\"a\":{\"$id\":\"x\",\"$defs\":{\"b\":true}}}}",
                    LLM_ERROR_UNSUPPORTED, "$id");
+    assert_refused(llm_grammar_from_json_schema,
+                   "{\"$id\":\"http://x/r\",\"$ref\":\"b\",\"$defs\":{\"B\":{\"$id\":\"http://x/b\",\"$ref\":\"#/x-s\","
+                   "\"x-s\":{\"$ref\":\"#/$defs/t\"},\"$defs\":{\"t\":true}}}}",
+                   LLM_ERROR_UNSUPPORTED, "$ref");
+    assert_refused(llm_grammar_from_json_schema, "{\"$ref\":\"\\u0000/$defs/t\",\"$defs\":{\"t\":{}}}",
+                   LLM_ERROR_UNSUPPORTED, "$ref");
     memset(deep, '(', sizeof deep - 1);
     assert_refused(llm_grammar_from_regex, deep, LLM_ERROR_FORMAT, "deeper");
     memset(deep, '[', sizeof deep - 1);
     assert_refused(llm_grammar_from_json_schema, deep, LLM_ERROR_FORMAT, "");
+}
+
+/* Small schemas that would take much memory. Each of 16 parts is an anyOf of the next one twice. */
+static void test_small_but_hard(void **state) {
+    static char text[8000];
+    size_t n = (size_t)sprintf(text, "{\"$ref\":\"#/$defs/p0\",\"unevaluatedProperties\":false,\"$defs\":{");
+    (void)state;
+    for (int i = 0; i < 16; i++)
+        n += (size_t)sprintf(text + n, "\"p%d\":{\"anyOf\":[{\"$ref\":\"#/$defs/p%d\"},{\"$ref\":\"#/$defs/p%d\"}]},",
+                             i, i + 1, i + 1);
+    sprintf(text + n, "\"p16\":{\"type\":\"object\"}}}");
+    assert_refused(llm_grammar_from_json_schema, text, LLM_ERROR_UNSUPPORTED, "take too long");
+    n = (size_t)sprintf(text, "{\"$id\":\"http://x/");
+    memset(text + n, 'a', 5000);
+    strcpy(text + n + 5000, "\"}");
+    assert_refused(llm_grammar_from_json_schema, text, LLM_ERROR_UNSUPPORTED, "4,000 bytes");
 }
 
 typedef struct starved {
@@ -793,7 +815,8 @@ int main(void) {
         cmocka_unit_test(test_forced),        cmocka_unit_test(test_forced_states),
         cmocka_unit_test(test_forced_limits), cmocka_unit_test(test_forced_streams),
         cmocka_unit_test(test_masks),         cmocka_unit_test(test_mask),
-        cmocka_unit_test(test_bad),           cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_bad),           cmocka_unit_test(test_small_but_hard),
+        cmocka_unit_test(test_memory),
     };
     return cmocka_run_group_tests(tests, start, stop);
 }

@@ -105,6 +105,7 @@ SCHEMAS = [
     {"enum": [{"a": 1}, {"a": 1, "b": True}, [1], [1, 2], "ab"], "allOf": [{"properties": {"a": True}, "prefixItems": [True]}],
      "unevaluatedProperties": False, "unevaluatedItems": False},
     {"type": "object", "properties": AB, "required": ["a", "b"], "minProperties": 3},
+    {"properties": {"a": True}, "if": {"required": ["a"]}, "else": {"properties": {"b": True}}, "unevaluatedProperties": False},
 ]
 
 
