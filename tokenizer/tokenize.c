@@ -198,9 +198,9 @@ static int render(const llm_tokenizer *tokenizer, const options *o, const llm_ch
 static int chat(const llm_tokenizer *tokenizer, const options *o, char *line, size_t n) {
     llm_chat_desc desc = {.open_answer = true};
     json_error_t err;
-    json_t *json = json_loadb(line, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &err);
+    json_t *json = json_loadb(line, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &err);
     int object = json_is_object(json), failed = !json;
-    if (failed) fprintf(stderr, "tokenize: a line is neither a list of messages nor an object: %s\n", err.text);
+    if (failed) fprintf(stderr, "tokenize: a line is not a list or object in JSON: %s\n", err.text);
     json_decref(json);
     line = skip_blanks(line);
     if (object) failed = !find_members(line, &desc);
