@@ -20582,8 +20582,8 @@ static bool llm__calibrate_cancel(void *user) {
 }
 
 static void llm__calibrate_check_text(llm__env *env, const llm__calibration *c) {
-    const uint8_t *p = (const uint8_t *)c->text, *end = p + c->n_bytes;
     if (!c->n_bytes) llm__fail(env, LLM_ERROR_ARGUMENT, "the text to calibrate with is empty");
+    const uint8_t *p = (const uint8_t *)c->text, *end = p + c->n_bytes;
     for (size_t n; p < end; p += n) {
         n = *p ? llm__utf8_length(p, end) : 0;
         if (!n)
