@@ -441,8 +441,9 @@ LLM_API const char *llm_status_name(llm_status status);
 /* ---- Host callbacks ------------------------------------------------------------------------------------------ */
 
 /* Functions that the host program gives to the library. All may be NULL; alloc and free must be given together. The
-   memory that alloc returns must be aligned like malloc's and need not be cleared. A model, a tokenizer and a context
-   each keep a copy of this struct. If several threads use objects with the same allocator, it must be thread-safe.
+   memory that alloc returns must be aligned like malloc's and need not be cleared. A model, a tokenizer, a context and an
+   importance each keep a copy of this struct. If several threads use objects with the same allocator, it must be
+   thread-safe.
 
    Every callback in this file runs on the thread that called the library, and before that call returns. It must not use
    or free the context that called it. It may only call llm_seq_length, llm_seq_tokens, llm_logits, llm_stream_result,
@@ -20646,6 +20647,7 @@ static void llm__calibrate_body(llm__env *env, void *arg) {
     const llm_token *tokens = llm__calibrate_encode(env, c, &n_tokens);
     memset(&desc, 0, sizeof desc);
     desc.n_ctx = c->desc.n_ctx ? c->desc.n_ctx : model->info.n_ctx_train < 512 ? model->info.n_ctx_train : 512;
+    if (desc.n_ctx < 2) llm__fail(env, LLM_ERROR_UNSUPPORTED, "a model for one token at a time cannot read a text");
     desc.n_batch = desc.n_ctx < 512 ? desc.n_ctx : 512;
     desc.n_threads = c->desc.n_threads;
     desc.host = c->desc.host;

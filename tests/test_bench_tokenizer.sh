@@ -27,5 +27,5 @@ for other in gigatoken quicktok tiktoken "tokenizers, the whole text" "tokenizer
     check "$other gives the same ids, or cannot read the vocabulary" same "$other"
 done
 check "no ids differ" eval '! grep -q "| no *|$" "$out/table"'
-check "prints the worst cases" grep -q "in times of 1 MB of prose" "$out/table"
+check "prints the worst cases" grep -q "relative to 1 MB of prose" "$out/table"
 finish

@@ -50,9 +50,9 @@ cp "$tmp/out" "$tmp/text"
 "$tokenize" -m "$model" -d --json --special <"$tmp/ids" >"$tmp/back"
 check "and the text is the same" cmp "$tmp/text" "$tmp/back"
 
-check "a broken line" fails_saying '[{]' "a line is neither"
-check "an empty line" fails_saying '' "a line is neither"
-check "a string" fails_saying '"x"' "a line is neither"
+check "a broken line" fails_saying '[{]' "a line is not a list or object in JSON"
+check "an empty line" fails_saying '' "a line is not a list or object in JSON"
+check "a string" fails_saying '"x"' "a line is not a list or object in JSON"
 check "two values" fails_saying "$hello 1" "end of file expected"
 check "a member twice" fails_saying "{\"messages\": $hello, \"messages\": []}" "duplicate"
 check "an unknown member" fails_saying "{\"messages\": $hello, \"message\": []}" '"message"'
