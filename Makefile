@@ -160,7 +160,7 @@ $(foreach dir,build build/asan,$(dir)/test_cuda): tests/test_cuda.cpp llm_cuda.c
 	$(if $(filter build/asan/%,$@),$(subst clang,clang++,$(COMPILE_asan)),$(CXX) $(CXXFLAGS)) -std=c++17 $(WARNINGS) -Wno-unknown-pragmas -fno-strict-aliasing \
 		-Itests/cuda_host -I. $(CPPFLAGS) -o $@ -x c++ $(filter-out tests/cuda_host/%,$(filter %.cpp %.cu,$^)) -x none $(filter %.o,$^) $(LDFLAGS) $(LDLIBS)
 
-# The libnccl.so.2 of these tests, which they load at run time.
+# These tests load this libnccl.so.2 at run time.
 $(foreach dir,build build/asan,$(eval $(dir)/test_cuda: build/cuda_host/libnccl.so.2))
 build/cuda_host/libnccl.so.2: tests/cuda_host/nccl.cpp tests/cuda_host/nccl_host.h
 	mkdir -p $(@D)

@@ -441,8 +441,8 @@ LLM_API const char *llm_status_name(llm_status status);
 /* ---- Host callbacks ------------------------------------------------------------------------------------------ */
 
 /* Functions that the host program gives to the library. All may be NULL; alloc and free must be given together. The
-   memory that alloc returns must be aligned like malloc's and need not be cleared. A model, a tokenizer, a context and an
-   importance each keep a copy of this struct. If several threads use objects with the same allocator, it must be
+   memory that alloc returns must be aligned like malloc's and need not be cleared. A model, a tokenizer, a context and
+   an importance each keep a copy of this struct. If several threads use objects with the same allocator, it must be
    thread-safe.
 
    Every callback in this file runs on the thread that called the library, and before that call returns. It must not use
@@ -450,7 +450,7 @@ LLM_API const char *llm_status_name(llm_status status);
    llm_stream_free and the getters; all other functions fail with LLM_ERROR_ARGUMENT. It should return. If a C++
    exception or a longjmp leaves it instead, the next call on the context ends the interrupted call and frees its
    memory, and drops from the sequences all tokens that were not final. A model or context that was being loaded or
-   created is lost, with its memory. */
+   created is lost, with its memory. So is the context of llm_calibrate, with its threads. */
 typedef struct llm_host {
     void *(*alloc)(void *user, size_t size);   /* returns NULL if there is no memory                            */
     void (*free)(void *user, void *ptr);       /* ptr is never NULL                                             */
@@ -9547,7 +9547,7 @@ static size_t llm__bpe_join_bit(const llm_tokenizer *t, const uint8_t *p, int n_
     return (size_t)llm__hash_mix(key * 0xD6E8FEB86659FD93u) & t->join_mask;
 }
 
-/* The size of char_joins if `pieces` has so many slots. */
+/* The size of char_joins for a number of slots in `pieces`. */
 static size_t llm__bpe_join_bits(size_t slots) { return 4 * slots; }
 
 static size_t llm__bpe_join_bytes(size_t slots) { return (llm__bpe_join_bits(slots) + 7) / 8; }
@@ -17805,7 +17805,7 @@ static bool llm__model_weight_is_2_4(llm__model_walk *walk, const llm__weight_so
     return is_2_4;
 }
 
-/* Would the backend hold a matrix of so many rows in less memory if it were 2:4? Its ranks answer alike. */
+/* True if the backend needs less memory for a matrix that is 2:4. The answer is the same on all ranks. */
 static bool llm__model_gains_by_2_4(const llm__model_walk *walk, const llm_backend_weight *weight, int rows) {
     llm_backend_weight dense = *weight, sparse = *weight;
     dense.rows = sparse.rows = rows;
@@ -18499,7 +18499,7 @@ static const float *llm__importance_find(const llm_importance *m, llm__str name,
     return m->means + llm__fwd_squares_at(&m->shape, kind, layer, n);
 }
 
-/* Refuses an importance of a model of another shape than that of these tensors. */
+/* Refuses an importance that was measured with a model of another shape. */
 static void llm__importance_check(llm__env *env, const llm_importance *m, const llm__checkpoint *ck) {
     int n_down = 0;
     for (size_t i = 0; m && i < ck->n_tensors; i++) {

@@ -3039,7 +3039,7 @@ typedef struct llm__gpu_context {
     llm__meet_memory *boxes[LLM__MEET_RANKS];     /* of the tensor ranks; those of others once they are found  */
     unsigned *host_late;                          /* llm__meet_box.late, pinned                                */
     llm__meet_address *addresses;                 /* of all tensor ranks                                       */
-    llm__meet_way asked;                          /* the way that LLM_CUDA_RANKS asks for                      */
+    llm__meet_way asked;                          /* the way that LLM_CUDA_RANKS names                         */
     bool looked_for_peers, has_peers;             /* has_peers: ranks meet in the GPUs' memory                 */
     void *nccl;                                   /* NCCL's communicator; NULL: NCCL is not used               */
     unsigned *host_progress;                      /* see llm__meet_clear_rows, pinned                          */
