@@ -238,7 +238,7 @@ SECONDS = 60
 fuzz:
 	.ci/need $(NEEDED_TO_TEST)
 	$(MAKE) build/test_fuzz
-	FUZZ_SECONDS=$(SECONDS) build/test_fuzz
+	FUZZ_SEED=0 FUZZ_SECONDS=$(SECONDS) build/test_fuzz
 
 # Tests llm_cuda.cu without a GPU.
 test-cuda:

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Fuzzing: runs each target of tests/fuzz/fuzz.c for FUZZ_SECONDS (default 30), one target per processor at a time. Inputs that
 # reach new code are kept in build/fuzz/corpus. Inputs that fail are kept in build/fuzz/findings and are tried first in the next
-# run. When the bug is fixed, move the input to tests/fuzz/regressions/TARGET.
+# run. When the bug is fixed, move the input to tests/fuzz/regressions/TARGET. With FUZZ_SEED=0, each run tries other inputs. By
+# default they are chosen in the same way each time, so that a failure of `make test` can be repeated.
 . tests/tap.sh
 here=$(dirname "$0")/fuzz
 seconds=${FUZZ_SECONDS:-30}
@@ -20,7 +21,7 @@ most_bytes() {
 
 # Fuzzes one target and saves its exit code.
 fuzz() {
-    "$here/$1" -max_total_time="$seconds" -max_len="$(most_bytes "$1")" -timeout=30 -rss_limit_mb=2000 -print_final_stats=1 \
+    "$here/$1" -max_total_time="$seconds" -max_len="$(most_bytes "$1")" -timeout=30 -rss_limit_mb=2000 -print_final_stats=1 -seed="${FUZZ_SEED:-1}" \
         -dict="$here/corpus/$1.dict" -artifact_prefix="$here/findings/$1-" "$here/corpus/$1" >"$here/$1.log" 2>&1
     echo $? >"$here/$1.code"
 }
