@@ -2399,6 +2399,7 @@ static __global__ void llm__meet_ranks(llm__meet_run m) {
 enum {
     LLM__NCCL_OLDEST = 21800, /* version 2.18.0 */
     LLM__NCCL_DONE = 0,
+    LLM__NCCL_CUDA_ERROR = 1,
     LLM__NCCL_IN_PROGRESS = 7,
     LLM__NCCL_BYTES = 1,
     LLM__NCCL_WORDS = 3, /* of 32 bits, without a sign */
@@ -3650,11 +3651,14 @@ static int llm__nccl_connect(llm__gpu_context *c, double patience) {
     if (more != LLM__NCCL_IN_PROGRESS && !result) result = more;
     more = llm__nccl_settle(c, nccl->group_end(), patience);
     if (!result) result = more;
-    while (result == LLM__NCCL_DONE && cudaStreamQuery(c->queue.stream) == cudaErrorNotReady) {
+    cudaError_t state = cudaErrorNotReady;
+    while (result == LLM__NCCL_DONE && (state = cudaStreamQuery(c->queue.stream)) == cudaErrorNotReady) {
         std::this_thread::yield();
         (void)nccl->get_async_error(c->nccl, &result);
+        if (result == LLM__NCCL_IN_PROGRESS) result = LLM__NCCL_DONE; /* NCCL works on it */
         if (llm__seconds() - start > patience) result = LLM__NCCL_IN_PROGRESS;
     }
+    if (result == LLM__NCCL_DONE && state != cudaSuccess) result = LLM__NCCL_CUDA_ERROR;
     (void)cudaGetLastError(); /* it is no error that something is not done */
     return result;
 }

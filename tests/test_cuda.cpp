@@ -1173,6 +1173,7 @@ static nccl_host_settings *load_nccl(const process_job *p, int rank) {
     settings->version = r.version;
     settings->refuses_start = r.refuses;
     settings->fail_at = r.fails ? 50 : 0;
+    settings->n_busy = 3;
     return settings;
 }
 

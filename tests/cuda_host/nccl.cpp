@@ -205,7 +205,10 @@ int ncclCommGetAsyncError(ncclComm *c, int *result) {
         *result = SYSTEM_ERROR;
         return DONE;
     }
-    if (c->now == NOTHING) return DONE;
+    if (c->now == NOTHING) {
+        if (nccl_host.n_busy > 0) nccl_host.n_busy--, *result = IN_PROGRESS;
+        return DONE;
+    }
     bool waits = (c->now == STARTING && load(&shared->n_joined) < c->state->size) ||
                  (c->now == FINALIZING && load(&shared->n_finalized) < c->state->size);
     *result = IN_PROGRESS;
