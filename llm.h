@@ -6120,7 +6120,8 @@ typedef struct llm__jinja_value {
     llm__jinja_type type;
     bool is_tuple;     /* LLM__J_LIST: its text is (1, 2) instead of [1, 2]                    */
     bool is_lazy;      /* LLM__J_LIST: a generator in Python: it can be looped over, but has no length and no text */
-    bool is_markup;    /* LLM__J_STR: from the filter `safe`; strings appended to it are escaped as HTML */
+    bool is_markup;    /* LLM__J_STR: from the filter `safe`, or made from such a string by slices and most methods;
+                          strings that are added to it are escaped as HTML */
     bool is_namespace; /* LLM__J_DICT: from namespace(); its attributes can be set             */
     union {
         int64_t i; /* an integer, a boolean, or the number of a function */
@@ -6138,7 +6139,11 @@ typedef struct llm__jinja_value {
         struct llm__jinja_list *list;
         struct llm__jinja_dict *dict;
         struct llm__jinja_loop *loop;
-        const struct llm__jinja_node *macro;
+        struct {
+            const struct llm__jinja_node *node;
+            struct llm__jinja_scope *
+                *scope; /* of a call block: what its body sees, NULL after the block; NULL: a macro */
+        } macro;
         llm__str name; /* LLM__J_UNDEFINED: the name that is undefined, for messages; LLM__J_METHOD */
     } u;
 } llm__jinja_value;
@@ -6168,6 +6173,7 @@ typedef enum llm__jinja_kind {
     LLM__J_FILTER_BLOCK,
     LLM__J_WITH,
     LLM__J_DEFINE,
+    LLM__J_CALL_BLOCK,
     LLM__J_BREAK,
     LLM__J_CONTINUE,
     LLM__J_CONST, /* expressions */
@@ -6193,7 +6199,8 @@ typedef enum llm__jinja_kind {
 
 typedef struct llm__jinja_node {
     llm__jinja_kind kind;
-    int op;   /* an operator's first characters, or the number of a filter, test or method */
+    int op;   /* an operator's first characters, or the number of a filter, test or method; LLM__J_DEFINE and
+                 LLM__J_CALL_BLOCK: 1 if the macro takes what a call block gives it, under the name `caller` */
     int line; /* in the template, for messages */
     bool negated;
     llm__str name;
@@ -6232,6 +6239,7 @@ typedef struct llm__jinja_parser {
     bool strip_next;   /* the last tag ended with '-'                 */
     bool trim_next;    /* the last tag strips the newline after it    */
     int line, depth, loops;
+    int caller;                    /* in a macro the variable `caller` was first 1: read, -1: set; 0: neither */
     int open;                      /* open brackets inside the tag; }} does not end it before they are closed */
     llm__jinja_token token;        /* the current one */
     struct llm__jinja_node *nodes; /* an array of 64, the first n_nodes of which are in use */
@@ -6346,7 +6354,12 @@ static void llm__jinja_lex_tag(llm__jinja_parser *p) {
         llm__jinja_lex_string(p);
         return;
     }
-    if (llm__jinja_is_digit(*q)) {
+    if (llm__jinja_is_digit(*q) && q[-1] == '.') { /* an attribute, as in a.0.1 */
+        p->token.type = LLM__J_NUMBER;
+        while (q + n < p->end &&
+               (llm__jinja_is_digit(q[n]) || (q[n] == '_' && q + n + 1 < p->end && llm__jinja_is_digit(q[n + 1]))))
+            n++;
+    } else if (llm__jinja_is_digit(*q)) {
         p->token.type = LLM__J_NUMBER;
         while (q + n < p->end &&
                (llm__jinja_is_word(q[n]) || (q[n] == '.' && q + n + 1 < p->end && llm__jinja_is_digit(q[n + 1])) ||
@@ -6417,6 +6430,12 @@ static llm__str llm__jinja_word(llm__jinja_parser *p) {
     return word;
 }
 
+/* The name of a variable that is set. */
+static llm__str llm__jinja_target(llm__jinja_parser *p) {
+    if (llm__jinja_is(p, "caller") && !p->caller) p->caller = -1;
+    return llm__jinja_word(p);
+}
+
 static llm__jinja_node *llm__jinja_new(llm__jinja_parser *p, llm__jinja_kind kind) {
     enum { CHUNK = 64 };
     if (!p->nodes || p->n_nodes == CHUNK) {
@@ -6447,7 +6466,7 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
     X(trim) X(tojson) X(length) X(count) X(upper) X(lower) X(title) X(capitalize) X(replace) X(join) X(first) \
     X(last) X(list) X(map) X(select) X(reject) X(selectattr) X(rejectattr) X(default) X(d) X(safe) X(string)  \
     X(int) X(float) X(items) X(dictsort) X(sort) X(unique) X(reverse) X(indent) X(abs) X(round) X(sum) X(min) \
-    X(max)
+    X(max) X(truncate) X(wordcount)
 #define X(name) #name,
 static const char *const llm__jinja_filters[] = {LLM__JINJA_FILTERS(X) NULL};
 #undef X
@@ -6458,7 +6477,8 @@ enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #define LLM__JINJA_TESTS(X)                                                                                     \
     X(defined) X(undefined) X(none) X(string) X(mapping) X(sequence) X(iterable) X(number) X(integer) X(float)  \
     X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) \
-    X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(lower) X(upper)
+    X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(escaped) X(filter) X(test) X(lower)  \
+    X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -6589,9 +6609,11 @@ static llm__jinja_node *llm__jinja_arguments(llm__jinja_parser *p) {
         if (first) llm__jinja_expect(p, ",");
         if (first && llm__jinja_take(p, ")")) break;
         if (llm__jinja_is(p, "*") || llm__jinja_is(p, "**")) llm__jinja_fail(p, "* and ** in calls are not supported");
+        int caller = p->caller;
         llm__jinja_node *argument = llm__jinja_expression(p);
         if (argument->kind == LLM__J_NAME && llm__jinja_take(p, "=")) {
             llm__str name = argument->name;
+            p->caller = caller;                        /* it is no variable */
             argument = llm__jinja_new(p, LLM__J_PLUS); /* a node of its own, as the expression may use `name` itself */
             argument->op = '=';
             argument->name = name;
@@ -6645,6 +6667,7 @@ static llm__jinja_node *llm__jinja_atom(llm__jinja_parser *p) {
         node->value.type = constant < 4 ? LLM__J_BOOL : LLM__J_NONE;
         node->value.u.i = constant < 2;
     }
+    if (llm__jinja_is(p, "caller") && !p->caller) p->caller = 1;
     node->name = p->token.text;
     llm__jinja_lex(p);
     return node;
@@ -6654,7 +6677,8 @@ static llm__jinja_node *llm__jinja_atom(llm__jinja_parser *p) {
 static llm__jinja_node *llm__jinja_subscript(llm__jinja_parser *p, llm__jinja_node *object) {
     llm__jinja_node *node = llm__jinja_new(p, LLM__J_INDEX);
     node->a = object;
-    if (!llm__jinja_is(p, ":")) node->b = llm__jinja_expression(p);
+    if (llm__jinja_is(p, "]")) node->b = llm__jinja_new(p, LLM__J_MAKE_TUPLE); /* a[] is a[()] */
+    else if (!llm__jinja_is(p, ":")) node->b = llm__jinja_expression(p);
     if (llm__jinja_take(p, ":")) {
         node->kind = LLM__J_SLICE;
         if (!llm__jinja_is(p, ":") && !llm__jinja_is(p, "]")) node->c = llm__jinja_expression(p);
@@ -6680,9 +6704,15 @@ static llm__jinja_node *llm__jinja_postfix(llm__jinja_parser *p) {
     for (;;) {
         llm__jinja_node *object = node;
         if (llm__jinja_take(p, ".")) {
-            node = llm__jinja_new(p, LLM__J_ATTRIBUTE);
+            bool number = p->token.type == LLM__J_NUMBER; /* a.0 is a[0] */
+            node = llm__jinja_new(p, number ? LLM__J_INDEX : LLM__J_ATTRIBUTE);
             node->a = object;
-            node->name = llm__jinja_word(p);
+            if (!number) {
+                node->name = llm__jinja_word(p);
+                continue;
+            }
+            node->b = llm__jinja_number(p);
+            if (node->b->value.type != LLM__J_INT) llm__jinja_fail(p, "an attribute cannot be a fraction");
         } else if (llm__jinja_take(p, "[")) {
             node = llm__jinja_subscript(p, object);
         } else if (llm__jinja_take(p, "(")) {
@@ -6842,8 +6872,10 @@ static llm__jinja_node *llm__jinja_targets(llm__jinja_parser *p, bool attributes
     do {
         if (p->token.type != LLM__J_WORD || llm__jinja_is(p, "in")) break;
         llm__jinja_node *node = llm__jinja_new(p, LLM__J_NAME);
-        node->name = llm__jinja_word(p);
+        int caller = p->caller;
+        node->name = llm__jinja_target(p);
         if (attributes && llm__jinja_take(p, ".")) {
+            p->caller = caller; /* it sets no variable */
             llm__jinja_node *attribute = llm__jinja_new(p, LLM__J_ATTRIBUTE);
             attribute->a = node;
             attribute->name = llm__jinja_word(p);
@@ -6935,25 +6967,44 @@ static void llm__jinja_filter_block(llm__jinja_parser *p, llm__jinja_node *node)
     llm__jinja_end_tag(p);
 }
 
-/* Parses a macro. Its parameters become nodes with a name, and with the default in `a` if there is one. */
+/* Parses a macro, or a call block, whose body is a macro without a name, and whose call becomes `a`. The parameters
+   become nodes with a name, and with the default in `a` if there is one. */
 static void llm__jinja_macro(llm__jinja_parser *p, llm__jinja_node *node) {
     llm__jinja_node **last = &node->args;
     int loops = p->loops;
-    node->name = llm__jinja_word(p);
-    llm__jinja_expect(p, "(");
-    while (!llm__jinja_take(p, ")")) {
-        if (node->args) llm__jinja_expect(p, ",");
-        llm__jinja_node *parameter = llm__jinja_new(p, LLM__J_NAME);
-        parameter->name = llm__jinja_word(p);
-        if (llm__jinja_take(p, "=")) parameter->a = llm__jinja_expression(p);
-        last = llm__jinja_append(last, parameter);
+    bool is_call = node->kind == LLM__J_CALL_BLOCK, defaults = false;
+    const llm__jinja_node *own = NULL; /* a parameter with the name `caller` */
+    const char *end = is_call ? "endcall" : "endmacro";
+    if (!is_call) node->name = llm__jinja_word(p);
+    if (!is_call || llm__jinja_is(p, "(")) {
+        llm__jinja_expect(p, "(");
+        while (!llm__jinja_take(p, ")")) {
+            if (node->args) llm__jinja_expect(p, ",");
+            llm__jinja_node *parameter = llm__jinja_new(p, LLM__J_NAME);
+            if (llm__jinja_is(p, "caller")) own = parameter;
+            parameter->name = llm__jinja_target(p);
+            if (defaults && !llm__jinja_is(p, "="))
+                llm__jinja_fail(p, "a parameter without a default after one with it");
+            defaults = llm__jinja_take(p, "=");
+            if (defaults) parameter->a = llm__jinja_expression(p);
+            last = llm__jinja_append(last, parameter);
+        }
+    }
+    if (is_call) {
+        node->a = llm__jinja_expression(p);
+        if (node->a->kind != LLM__J_CALL || node->a->a->kind != LLM__J_NAME)
+            llm__jinja_fail(p, "a call block needs the call of a macro");
     }
     llm__jinja_end_tag(p);
-    p->loops = 0;
-    node->body = llm__jinja_statements(p, "endmacro");
+    int caller = p->caller;
+    p->loops = p->caller = 0;
+    node->body = llm__jinja_statements(p, end);
+    if (p->caller > 0 && own && !own->a) llm__jinja_fail(p, "the parameter 'caller' needs a default");
+    node->op = p->caller > 0 && !own;
     p->loops = loops;
-    llm__jinja_expect(p, "endmacro");
-    if (p->token.type == LLM__J_WORD) llm__jinja_lex(p);
+    if (caller) p->caller = caller;
+    llm__jinja_expect(p, end);
+    if (!is_call && p->token.type == LLM__J_WORD) llm__jinja_lex(p);
     llm__jinja_end_tag(p);
 }
 
@@ -6961,7 +7012,7 @@ static void llm__jinja_with(llm__jinja_parser *p, llm__jinja_node *node) {
     llm__jinja_node **last = &node->args;
     while (p->token.type == LLM__J_WORD) {
         llm__jinja_node *assignment = llm__jinja_new(p, LLM__J_NAME);
-        assignment->name = llm__jinja_word(p);
+        assignment->name = llm__jinja_target(p);
         llm__jinja_expect(p, "=");
         assignment->a = llm__jinja_expression(p);
         last = llm__jinja_append(last, assignment);
@@ -7003,10 +7054,10 @@ static llm__jinja_node *llm__jinja_raw(llm__jinja_parser *p) {
 /* Parses a block, whose first word is the current token. */
 static llm__jinja_node *llm__jinja_block(llm__jinja_parser *p) {
     static const char *const names[] = {"if",    "for",      "set",        "macro", "filter", "with",
-                                        "break", "continue", "generation", "raw",   NULL};
-    static const llm__jinja_kind kinds[] = {LLM__J_IF,           LLM__J_FOR,  LLM__J_SET,   LLM__J_DEFINE,
-                                            LLM__J_FILTER_BLOCK, LLM__J_WITH, LLM__J_BREAK, LLM__J_CONTINUE,
-                                            LLM__J_IF,           LLM__J_TEXT};
+                                        "break", "continue", "generation", "raw",   "call",   NULL};
+    static const llm__jinja_kind kinds[] = {LLM__J_IF,           LLM__J_FOR,  LLM__J_SET,       LLM__J_DEFINE,
+                                            LLM__J_FILTER_BLOCK, LLM__J_WITH, LLM__J_BREAK,     LLM__J_CONTINUE,
+                                            LLM__J_IF,           LLM__J_TEXT, LLM__J_CALL_BLOCK};
     llm__str name = p->token.text;
     int which = p->token.type == LLM__J_WORD ? llm__jinja_find(names, name) : -1;
     if (which < 0) llm__jinja_fail(p, "the tag '%.*s' is not supported here", LLM__SHOW(name));
@@ -7019,7 +7070,8 @@ static llm__jinja_node *llm__jinja_block(llm__jinja_parser *p) {
     switch (kinds[which]) {
     case LLM__J_FOR: llm__jinja_for(p, node); break;
     case LLM__J_SET: llm__jinja_set(p, node); break;
-    case LLM__J_DEFINE: llm__jinja_macro(p, node); break;
+    case LLM__J_DEFINE:
+    case LLM__J_CALL_BLOCK: llm__jinja_macro(p, node); break;
     case LLM__J_FILTER_BLOCK: llm__jinja_filter_block(p, node); break;
     case LLM__J_WITH: llm__jinja_with(p, node); break;
     case LLM__J_BREAK:
@@ -7223,6 +7275,14 @@ static llm__jinja_value llm__jinja_finish(const llm__jinja_buffer *b) {
 static llm__jinja_value llm__jinja_part(const llm__jinja_value *s, size_t from, size_t to) {
     llm__jinja_value v = llm__jinja_text(s->u.s.at + from, to - from);
     v.u.s.host = s->u.s.host ? s->u.s.host + from : NULL;
+    v.is_markup = s->is_markup;
+    return v;
+}
+
+/* Ends a string that a method of s makes: it is safe if s is. */
+static llm__jinja_value llm__jinja_finish_like(const llm__jinja_buffer *b, const llm__jinja_value *s) {
+    llm__jinja_value v = llm__jinja_finish(b);
+    v.is_markup = s->is_markup;
     return v;
 }
 
@@ -7298,7 +7358,7 @@ static bool llm__jinja_equal(llm__jinja_run *r, const llm__jinja_value *a, const
             if (!found) return false;
         }
         return true;
-    case LLM__J_MACRO: return a->u.macro == b->u.macro;
+    case LLM__J_MACRO: return a->u.macro.node == b->u.macro.node && a->u.macro.scope == b->u.macro.scope;
     case LLM__J_METHOD: return false;
     default: return a->u.i == b->u.i;
     }
@@ -7468,16 +7528,41 @@ static llm__jinja_value llm__jinja_case(llm__jinja_run *r, const llm__jinja_valu
         else if (how == 't') starts = !(is & LLM__LETTER);
         else if (how == 'T') starts = (is & LLM__SPACE) || (*p && *p < 0x80 && strchr("-({[<", (char)*p));
     }
-    return llm__jinja_finish(&b);
+    return llm__jinja_finish_like(&b, s);
 }
 
+static void llm__jinja_put_value(llm__jinja_run *r, llm__jinja_buffer *b, const llm__jinja_value *v, int depth);
+static llm__jinja_value llm__jinja_as_text(llm__jinja_run *r, const llm__jinja_value *v);
+
+/* Appends the text of a value to what becomes a safe string (`safe`) or another one. In a safe string the characters
+   that are special in HTML are escaped, unless the value is safe itself. */
+static void llm__jinja_put_escaped(llm__jinja_run *r, llm__jinja_buffer *b, const llm__jinja_value *v, bool safe) {
+    static const char special[] = "&<>'\"";
+    static const char *const escapes[] = {"&amp;", "&lt;", "&gt;", "&#39;", "&#34;"};
+    if (!safe || v->is_markup) {
+        llm__jinja_put_value(r, b, v, 0);
+        return;
+    }
+    llm__jinja_value s = llm__jinja_as_text(r, v);
+    size_t from = 0;
+    for (size_t i = 0; i < s.u.s.n; i++) {
+        const char *found = s.u.s.at[i] ? strchr(special, s.u.s.at[i]) : NULL;
+        if (!found) continue;
+        llm__jinja_put_part(r, b, &s, from, i);
+        llm__jinja_put_text(r, b, escapes[found - special]);
+        from = i + 1;
+    }
+    llm__jinja_put_part(r, b, &s, from, s.u.s.n);
+}
+
+/* The method replace. */
 static llm__jinja_value llm__jinja_replace(llm__jinja_run *r, const llm__jinja_value *s, const llm__jinja_value *from,
                                            const llm__jinja_value *to, int64_t most) {
     llm__jinja_buffer b = {NULL, NULL, 0, 0};
     size_t at = 0;
     for (size_t end = 0; !from->u.s.n && most != 0 && at <= s->u.s.n; at = end, most--) { /* before each character */
-        llm__jinja_put_part(r, &b, to, 0, to->u.s.n);
-        if (at == s->u.s.n) return llm__jinja_finish(&b);
+        llm__jinja_put_escaped(r, &b, to, s->is_markup);
+        if (at == s->u.s.n) return llm__jinja_finish_like(&b, s);
         const uint8_t *next;
         llm__utf8_decode((const uint8_t *)s->u.s.at + at, &next);
         end = (size_t)(next - (const uint8_t *)s->u.s.at);
@@ -7487,11 +7572,11 @@ static llm__jinja_value llm__jinja_replace(llm__jinja_run *r, const llm__jinja_v
         size_t found = llm__jinja_search(r, s, from, at);
         if (found == SIZE_MAX) break;
         llm__jinja_put_part(r, &b, s, at, found);
-        llm__jinja_put_part(r, &b, to, 0, to->u.s.n);
+        llm__jinja_put_escaped(r, &b, to, s->is_markup);
         at = found + from->u.s.n;
     }
     llm__jinja_put_part(r, &b, s, at, s->u.s.n);
-    return llm__jinja_finish(&b);
+    return llm__jinja_finish_like(&b, s);
 }
 
 /* split() at white space, split(separator, most) and rsplit(separator, most); `most` is the max number of cuts. */
@@ -7630,8 +7715,10 @@ static void llm__jinja_put_value(llm__jinja_run *r, llm__jinja_buffer *b, const 
         else llm__jinja_put_float(r, b, v->u.f, false);
         return;
     case LLM__J_STR:
+        if (depth && v->is_markup) llm__jinja_put_text(r, b, "Markup(");
         if (depth) llm__jinja_put_repr(r, b, v);
-        else llm__jinja_put_part(r, b, v, 0, v->u.s.n);
+        if (depth && v->is_markup) llm__jinja_put_text(r, b, ")");
+        if (!depth) llm__jinja_put_part(r, b, v, 0, v->u.s.n);
         return;
     case LLM__J_LIST:
         if (v->is_lazy) break;
@@ -7830,10 +7917,12 @@ static llm__jinja_list *llm__jinja_iterate(llm__jinja_run *r, const llm__jinja_v
     if (v->type == LLM__J_DICT && !v->is_namespace) {
         for (size_t i = 0; i < v->u.dict->n; i += 2) llm__jinja_add(r, list, v->u.dict->items[i]);
     } else if (v->type == LLM__J_STR) {
+        llm__jinja_value s = *v;
         const uint8_t *p = (const uint8_t *)v->u.s.at, *begin = p, *end = p + v->u.s.n, *next;
+        s.is_markup = false; /* Python makes them without the class */
         for (; p < end; p = next) {
             llm__utf8_decode(p, &next);
-            llm__jinja_add(r, list, llm__jinja_part(v, (size_t)(p - begin), (size_t)(next - begin)));
+            llm__jinja_add(r, list, llm__jinja_part(&s, (size_t)(p - begin), (size_t)(next - begin)));
         }
     } else if (v->type != LLM__J_UNDEFINED) {
         llm__jinja_type_error(r, "a loop", v);
@@ -7944,7 +8033,7 @@ static llm__jinja_value llm__jinja_slice(llm__jinja_run *r, const llm__jinja_val
         if (v->type == LLM__J_LIST) llm__jinja_add(r, list.u.list, items->items[i]);
         else llm__jinja_put_part(r, &b, &items->items[i], 0, items->items[i].u.s.n);
     }
-    return v->type == LLM__J_LIST ? list : llm__jinja_finish(&b);
+    return v->type == LLM__J_LIST ? list : llm__jinja_finish_like(&b, v);
 }
 
 static bool llm__jinja_contains(llm__jinja_run *r, const llm__jinja_value *v, const llm__jinja_value *item) {
@@ -7977,10 +8066,10 @@ static llm__jinja_value llm__jinja_join(llm__jinja_run *r, const llm__jinja_list
                                         const llm__jinja_value *between) {
     llm__jinja_buffer b = {NULL, NULL, 0, 0};
     for (size_t i = 0; i < list->n; i++) {
-        if (i && between) llm__jinja_put_part(r, &b, between, 0, between->u.s.n);
-        llm__jinja_put_value(r, &b, &list->items[i], 0);
+        if (i) llm__jinja_put_part(r, &b, between, 0, between->u.s.n);
+        llm__jinja_put_escaped(r, &b, &list->items[i], between->is_markup);
     }
-    return llm__jinja_finish(&b);
+    return llm__jinja_finish_like(&b, between);
 }
 
 static llm__jinja_value llm__jinja_range(llm__jinja_run *r, llm__jinja_args *a) {
@@ -8076,7 +8165,7 @@ static llm__jinja_value llm__jinja_format(llm__jinja_run *r, const llm__jinja_va
             n_numbered += name.n == 1 && llm__jinja_is_digit(*name.at);
             if (next && n_numbered) llm__jinja_error(r, "format cannot mix {} and {0}");
             if (!v) llm__jinja_error(r, "format has no argument for {%.*s}", LLM__SHOW(name));
-            llm__jinja_put_value(r, &b, v, 0);
+            llm__jinja_put_escaped(r, &b, v, s->is_markup);
             end++;
             continue;
         } else if (c == '}') {
@@ -8085,7 +8174,7 @@ static llm__jinja_value llm__jinja_format(llm__jinja_run *r, const llm__jinja_va
         llm__jinja_put_part(r, &b, s, i, i + 1);
     }
     a->used = ~0u;
-    return llm__jinja_finish(&b);
+    return llm__jinja_finish_like(&b, s);
 }
 
 /* Where the line that begins at byte `at` ends, by Python's rules, and in *next where the line after it begins. */
@@ -8249,10 +8338,20 @@ static llm__jinja_value llm__jinja_path(llm__jinja_run *r, const llm__jinja_valu
     return at;
 }
 
+static int llm__jinja_find_test(llm__str name) {
+    static const char *const operators[] = {"==", "!=", ">", ">=", "<", "<=", NULL};
+    static const uint8_t tests[] = {LLM__JT_eq, LLM__JT_ne, LLM__JT_gt, LLM__JT_ge, LLM__JT_lt, LLM__JT_le};
+    int i = llm__jinja_find(operators, name);
+    return i < 0 ? llm__jinja_find(llm__jinja_tests, name) : tests[i];
+}
+
 static bool llm__jinja_run_test(llm__jinja_run *r, int number, const llm__jinja_value *v, llm__jinja_args *a) {
-    const llm__jinja_value *x = llm__jinja_arg(a, 0, NULL);
+    static const char *const others[] = {"attr",   "batch",    "center",    "e",         "escape",  "filesizeformat",
+                                         "format", "groupby",  "pprint",    "random",    "slice",   "forceescape",
+                                         "urlize", "wordwrap", "striptags", "urlencode", "xmlattr", NULL};
     bool needs = (number >= LLM__JT_equalto && number <= LLM__JT_in) || number == LLM__JT_divisibleby ||
                  number == LLM__JT_sameas;
+    const llm__jinja_value *x = needs ? llm__jinja_arg(a, 0, NULL) : NULL;
     if (needs && !x) llm__jinja_error(r, "this test needs an argument");
     switch (number) {
     case LLM__JT_defined: return v->type != LLM__J_UNDEFINED;
@@ -8290,11 +8389,22 @@ static bool llm__jinja_run_test(llm__jinja_run *r, int number, const llm__jinja_
         if (v->type != LLM__J_INT || x->type != LLM__J_INT || !x->u.i)
             llm__jinja_error(r, "divisibleby needs two integers");
         return x->u.i == -1 || v->u.i % x->u.i == 0;
-    case LLM__JT_callable: return v->type == LLM__J_MACRO || v->type == LLM__J_FUNCTION || v->type == LLM__J_METHOD;
+    case LLM__JT_callable:
+        return v->type == LLM__J_MACRO || v->type == LLM__J_FUNCTION || v->type == LLM__J_METHOD ||
+               v->type == LLM__J_UNDEFINED;
     case LLM__JT_sameas:
         if (v->type != x->type || v->type == LLM__J_UNDEFINED) return false;
         if (v->type == LLM__J_LIST || v->type == LLM__J_DICT) return (const void *)v->u.list == (const void *)x->u.list;
         return llm__jinja_equal(r, v, x, 0);
+    case LLM__JT_escaped: return v->is_markup;
+    case LLM__JT_filter: /* the name of one of jinja2's filters or tests? */
+    case LLM__JT_test:
+        if ((v->type == LLM__J_DICT && !v->is_namespace) || v->type == LLM__J_LIST)
+            llm__jinja_type_error(r, "filter or test", v);
+        if (v->type != LLM__J_STR) return false;
+        if (number == LLM__JT_test) return llm__jinja_find_test(llm__jinja_str(v)) >= 0;
+        return llm__jinja_find(llm__jinja_filters, llm__jinja_str(v)) >= 0 ||
+               llm__jinja_find(others, llm__jinja_str(v)) >= 0;
     default: { /* lower, upper: as str.islower and str.isupper */
         llm__jinja_value s = llm__jinja_as_text(r, v),
                          other = llm__jinja_case(r, &s, number == LLM__JT_lower ? 'u' : 'l');
@@ -8327,9 +8437,7 @@ static llm__jinja_value llm__jinja_select(llm__jinja_run *r, int number, const l
     list.is_lazy = true;
     const llm__jinja_value *attribute = by_attribute ? llm__jinja_need_arg(r, a, 0, "attribute") : &none;
     const llm__jinja_value *name = llm__jinja_str_arg(r, a, by_attribute, NULL);
-    int test = name ? llm__jinja_find(llm__jinja_tests, llm__jinja_str(name)) : -1;
-    if (name && test < 0 && llm__str_is(llm__jinja_str(name), "==")) test = LLM__JT_eq;
-    if (name && test < 0 && llm__str_is(llm__jinja_str(name), "!=")) test = LLM__JT_ne;
+    int test = name ? llm__jinja_find_test(llm__jinja_str(name)) : -1;
     if (name && test < 0) llm__jinja_error(r, "the test %.*s is not supported", LLM__SHOW(llm__jinja_str(name)));
     llm__jinja_args rest = llm__jinja_args_from(a, by_attribute + 1);
     for (size_t i = 0; i < items->n; i++) {
@@ -8450,11 +8558,22 @@ static llm__jinja_value llm__jinja_indent(llm__jinja_run *r, const llm__jinja_va
         llm__jinja_put_part(r, &b, s, at, end);
         if (more) llm__jinja_put_text(r, &b, "\n");
     }
-    return llm__jinja_finish(&b);
+    return llm__jinja_finish_like(&b, s);
+}
+
+/* Python's len(). */
+static int64_t llm__jinja_size(llm__jinja_run *r, const llm__jinja_value *v) {
+    if (v->type == LLM__J_LIST && !v->is_lazy) return (int64_t)v->u.list->n;
+    if (v->type == LLM__J_DICT && !v->is_namespace) return (int64_t)(v->u.dict->n / 2);
+    if (v->type == LLM__J_STR) return (int64_t)llm__jinja_length(v);
+    if (v->type != LLM__J_UNDEFINED) llm__jinja_type_error(r, "length", v);
+    return 0;
 }
 
 static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, const llm__jinja_value *v,
                                               llm__jinja_args *a);
+static llm__jinja_value llm__jinja_arithmetic(llm__jinja_run *r, int op, const llm__jinja_value *a,
+                                              const llm__jinja_value *b);
 
 static llm__jinja_value llm__jinja_map(llm__jinja_run *r, const llm__jinja_list *items, llm__jinja_args *a) {
     llm__jinja_value list = llm__jinja_new_list(r);
@@ -8491,20 +8610,48 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
         break;
     case LLM__JF_tojson: s = llm__jinja_tojson(r, v, a); break;
     case LLM__JF_length:
-    case LLM__JF_count:
-        if ((v->type != LLM__J_LIST || v->is_lazy) && v->type != LLM__J_DICT && v->type != LLM__J_STR &&
-            v->type != LLM__J_UNDEFINED)
-            llm__jinja_type_error(r, "length", v);
-        s = llm__jinja_int((int64_t)(v->type == LLM__J_LIST   ? v->u.list->n
-                                     : v->type == LLM__J_DICT ? v->u.dict->n / 2
-                                     : v->type == LLM__J_STR  ? llm__jinja_length(v)
-                                                              : 0));
+    case LLM__JF_count: s = llm__jinja_int(llm__jinja_size(r, v)); break;
+    case LLM__JF_truncate: {
+        llm__jinja_value end = llm__jinja_text("...", 3);
+        int64_t most = llm__jinja_int_arg(r, a, 0, "length", llm__jinja_arg(a, 0, "length") ? -1 : 255),
+                leeway = llm__jinja_int_arg(r, a, 3, "leeway", 5);
+        flag = llm__jinja_flag_arg(a, 1, "killwords", false);
+        x = llm__jinja_arg(a, 2, "end");
+        if (x) end = *x;
+        if (end.type != LLM__J_STR) llm__jinja_type_error(r, "the argument 'end'", &end);
+        if (most < llm__jinja_size(r, &end) || leeway < 0) llm__jinja_error(r, "truncate with too short a length");
+        s = *v;
+        if (llm__jinja_size(r, v) - most <= leeway) break;
+        if (v->type != LLM__J_STR) llm__jinja_type_error(r, "truncate", v);
+        size_t cut = llm__jinja_byte_of(v, (size_t)(most - llm__jinja_size(r, &end)));
+        for (size_t i = cut; i-- && !flag;)
+            if (v->u.s.at[i] == ' ') {
+                cut = i;
+                break;
+            }
+        s = llm__jinja_part(v, 0, cut);
+        s = llm__jinja_arithmetic(r, '+', &s, &end);
         break;
+    }
+    case LLM__JF_wordcount: {
+        s = llm__jinja_as_text(r, v);
+        const uint8_t *p = (const uint8_t *)s.u.s.at, *end = p + s.u.s.n, *next;
+        int64_t count = 0;
+        for (bool inside = false, word; p < end; p = next, inside = word) {
+            word = *p == '_' || (llm__unicode_class_at(r->classes, p, &next) & (LLM__LETTER | LLM__NUMBER)) != 0;
+            llm__utf8_decode(p, &next);
+            count += word && !inside;
+        }
+        llm__jinja_step(r, s.u.s.n / 64);
+        s = llm__jinja_int(count);
+        break;
+    }
     case LLM__JF_upper:
     case LLM__JF_lower:
     case LLM__JF_title:
     case LLM__JF_capitalize:
         s = llm__jinja_as_text(r, v);
+        if (number == LLM__JF_title) s.is_markup = false; /* as jinja2 does for title, replace and join */
         s = llm__jinja_case(r, &s,
                             number == LLM__JF_upper   ? 'u'
                             : number == LLM__JF_lower ? 'l'
@@ -8515,6 +8662,7 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
         llm__jinja_value old = llm__jinja_as_text(r, llm__jinja_need_arg(r, a, 0, "old")),
                          with = llm__jinja_as_text(r, llm__jinja_need_arg(r, a, 1, "new"));
         s = llm__jinja_as_text(r, v);
+        s.is_markup = false;
         s = llm__jinja_replace(r, &s, &old, &with, llm__jinja_int_arg(r, a, 2, "count", -1));
         break;
     }
@@ -8522,6 +8670,7 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
         x = llm__jinja_arg(a, 0, "d");
         llm__jinja_value between = x ? llm__jinja_as_text(r, x) : llm__jinja_text("", 0);
         const llm__jinja_value *attribute = llm__jinja_arg(a, 1, "attribute");
+        between.is_markup = false;
         list = llm__jinja_new_list(r);
         const llm__jinja_list *items = llm__jinja_iterate(r, v);
         for (size_t i = 0; i < items->n; i++)
@@ -8534,6 +8683,7 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
     case LLM__JF_last: {
         const llm__jinja_list *items = llm__jinja_iterate(r, v);
         s = items->n ? items->items[number == LLM__JF_first ? 0 : items->n - 1] : llm__jinja_undefined(nothing);
+        if (v->type == LLM__J_STR && number == LLM__JF_last) s.is_markup = v->is_markup;
         break;
     }
     case LLM__JF_list: {
@@ -8685,13 +8835,17 @@ static llm__jinja_value llm__jinja_variable(llm__jinja_run *r, llm__str name) {
     return v;
 }
 
-static llm__jinja_value llm__jinja_call_macro(llm__jinja_run *r, const llm__jinja_node *macro, llm__jinja_args *a) {
+static const llm__str llm__jinja_caller = {"caller", 6};
+
+static llm__jinja_value llm__jinja_call_macro(llm__jinja_run *r, const llm__jinja_value *f, llm__jinja_args *a) {
+    const llm__jinja_node *macro = f->u.macro.node;
     llm__jinja_scope scope, *outside = r->scope;
     llm__jinja_buffer out = r->out;
     int place = 0;
     memset(&scope, 0, sizeof scope);
     memset(&r->out, 0, sizeof r->out);
-    scope.parent = r->top;
+    scope.parent = f->u.macro.scope ? *f->u.macro.scope : r->top;
+    if (!scope.parent) llm__jinja_error(r, "caller() is called after the end of its call block");
     r->scope = &scope;
     for (const llm__jinja_node *parameter = macro->args; parameter; parameter = parameter->next, place++) {
         const llm__jinja_value *given = NULL;
@@ -8705,6 +8859,11 @@ static llm__jinja_value llm__jinja_call_macro(llm__jinja_run *r, const llm__jinj
                           given          ? *given
                           : parameter->a ? llm__jinja_eval(r, parameter->a)
                                          : llm__jinja_undefined(parameter->name));
+    }
+    if (macro->op) {
+        const llm__jinja_value *caller = llm__jinja_arg(a, -1, "caller");
+        llm__jinja_assign(r, llm__jinja_caller,
+                          caller && caller->type != LLM__J_NONE ? *caller : llm__jinja_undefined(llm__jinja_caller));
     }
     llm__jinja_args_done(r, a);
     llm__jinja_exec(r, macro->body);
@@ -8722,7 +8881,7 @@ static llm__jinja_value llm__jinja_call(llm__jinja_run *r, const llm__jinja_node
     if (node->a->kind == LLM__J_ATTRIBUTE) {
         result = llm__jinja_call_method(r, node->op, &v, &a);
     } else if (v.type == LLM__J_MACRO) {
-        return llm__jinja_call_macro(r, v.u.macro, &a);
+        return llm__jinja_call_macro(r, &v, &a);
     } else if (v.type == LLM__J_FUNCTION) {
         result = llm__jinja_call_function(r, (int)v.u.i, &a);
     } else {
@@ -8741,22 +8900,7 @@ static llm__jinja_value llm__jinja_repeat(llm__jinja_run *r, const llm__jinja_va
         else
             for (size_t i = 0; i < v->u.list->n; i++) llm__jinja_add(r, list.u.list, v->u.list->items[i]);
     }
-    return v->type == LLM__J_STR ? llm__jinja_finish(&b) : list;
-}
-
-/* Appends a string. With `escape` the characters that are special in HTML are escaped. */
-static void llm__jinja_put_escaped(llm__jinja_run *r, llm__jinja_buffer *b, const llm__jinja_value *s, bool escape) {
-    static const char special[] = "&<>'\"";
-    static const char *const escapes[] = {"&amp;", "&lt;", "&gt;", "&#39;", "&#34;"};
-    size_t from = 0;
-    for (size_t i = 0; i < s->u.s.n && escape; i++) {
-        const char *found = s->u.s.at[i] ? strchr(special, s->u.s.at[i]) : NULL;
-        if (!found) continue;
-        llm__jinja_put_part(r, b, s, from, i);
-        llm__jinja_put_text(r, b, escapes[found - special]);
-        from = i + 1;
-    }
-    llm__jinja_put_part(r, b, s, from, s->u.s.n);
+    return v->type == LLM__J_STR ? llm__jinja_finish_like(&b, v) : list;
 }
 
 static llm__jinja_value llm__jinja_arithmetic(llm__jinja_run *r, int op, const llm__jinja_value *a,
@@ -8764,8 +8908,8 @@ static llm__jinja_value llm__jinja_arithmetic(llm__jinja_run *r, int op, const l
     if (op == '+' && a->type == LLM__J_STR && b->type == LLM__J_STR) {
         llm__jinja_buffer joined = {NULL, NULL, 0, 0};
         bool markup = a->is_markup || b->is_markup;
-        llm__jinja_put_escaped(r, &joined, a, markup && !a->is_markup);
-        llm__jinja_put_escaped(r, &joined, b, markup && !b->is_markup);
+        llm__jinja_put_escaped(r, &joined, a, markup);
+        llm__jinja_put_escaped(r, &joined, b, markup);
         llm__jinja_value v = llm__jinja_finish(&joined);
         v.is_markup = markup;
         return v;
@@ -8966,7 +9110,6 @@ static void llm__jinja_assign_targets(llm__jinja_run *r, const llm__jinja_node *
 static void llm__jinja_exec_for(llm__jinja_run *r, const llm__jinja_node *node) {
     llm__jinja_value v = llm__jinja_eval(r, node->a), list = llm__jinja_new_list(r);
     llm__jinja_scope scope, *outside = r->scope;
-    llm__jinja_loop loop;
     memset(&scope, 0, sizeof scope);
     r->at = node;
     const llm__jinja_list *items = llm__jinja_iterate(r, &v);
@@ -8984,17 +9127,18 @@ static void llm__jinja_exec_for(llm__jinja_run *r, const llm__jinja_node *node) 
         llm__jinja_exec(r, node->other);
         return;
     }
-    memset(&loop, 0, sizeof loop);
-    loop.list = items;
+    llm__jinja_loop *loop = (llm__jinja_loop *)llm__jinja_alloc(r, 1, sizeof *loop); /* a namespace may keep it */
+    loop->list = items;
     llm__jinja_value self = llm__jinja_make(LLM__J_LOOP);
-    self.u.loop = &loop;
+    self.u.loop = loop;
     llm__str name = {"loop", 4};
-    for (; loop.index < items->n && !r->breaks; loop.index++) {
+    for (size_t i = 0; i < items->n && !r->breaks; i++) {
+        loop->index = i;
         scope.variables.n = 0;
         r->scope = &scope;
         r->continues = false;
         llm__jinja_assign(r, name, self);
-        llm__jinja_assign_targets(r, node->args, &items->items[loop.index]);
+        llm__jinja_assign_targets(r, node->args, &items->items[i]);
         llm__jinja_exec(r, node->body);
     }
     r->breaks = r->continues = false;
@@ -9022,6 +9166,24 @@ static llm__jinja_value llm__jinja_captured(llm__jinja_run *r, const llm__jinja_
         llm__jinja_args_done(r, &args);
     }
     return v;
+}
+
+/* Calls a macro with the body of a call block as its argument `caller`. The body sees the variables around it. */
+static void llm__jinja_exec_call(llm__jinja_run *r, const llm__jinja_node *node) {
+    llm__jinja_args args;
+    llm__jinja_value v = llm__jinja_eval(r, node->a->a), body = llm__jinja_make(LLM__J_MACRO);
+    body.u.macro.node = node;
+    body.u.macro.scope = (llm__jinja_scope **)llm__jinja_alloc(r, 1, sizeof *body.u.macro.scope);
+    *body.u.macro.scope = r->scope;
+    llm__jinja_eval_args(r, node->a->args, &args);
+    r->at = node;
+    if (v.type != LLM__J_MACRO) llm__jinja_type_error(r, "a call block", &v);
+    if (args.n == LLM__JINJA_MAX_ARGS) llm__jinja_error(r, "more than %d arguments", LLM__JINJA_MAX_ARGS - 1);
+    args.names[args.n] = llm__jinja_caller;
+    args.values[args.n++] = body;
+    v = llm__jinja_call_macro(r, &v, &args);
+    llm__jinja_put_value(r, &r->out, &v, 0);
+    *body.u.macro.scope = NULL; /* the scope ends, but the template may have kept the macro */
 }
 
 static void llm__jinja_exec_node(llm__jinja_run *r, const llm__jinja_node *node) {
@@ -9067,9 +9229,10 @@ static void llm__jinja_exec_node(llm__jinja_run *r, const llm__jinja_node *node)
         break;
     case LLM__J_DEFINE:
         v = llm__jinja_make(LLM__J_MACRO);
-        v.u.macro = node;
+        v.u.macro.node = node;
         llm__jinja_assign(r, node->name, v);
         break;
+    case LLM__J_CALL_BLOCK: llm__jinja_exec_call(r, node); break;
     case LLM__J_BREAK: r->breaks = true; break;
     default: r->continues = true; break;
     }

@@ -367,17 +367,6 @@ REFUSED = {
     "array.append()": APPEND,
     "array.pop() last": POP,
     "array.pop() with index": POP,
-    "dot notation (integer property)": ("expected a name, found '10'", ""),
-    "dot notation (array index)": ("expected a name, found '10'", ""),
-    "array|selectattr numeric-like with operator": ("expected a name, found '1'", ""),
-    "empty computed member defaults to undefined": ("expected a value, found ']'", ""),
-    "empty computed member is undefined": ("expected a value, found ']'", ""),
-    "macro with caller": ("the tag 'call' is not supported here", ""),
-    "is escaped": ("the test escaped is not supported", ""),
-    "is filter": ("the test filter is not supported", ""),
-    "is test": ("the test test is not supported", ""),
-    "undefined|truncate": ("the filter truncate is not supported", ""),
-    "undefined|wordcount": ("the filter wordcount is not supported", ""),
 }
 # The library's messages when it refuses a template only while it renders a conversation.
 REFUSED_LATER = re.compile(r"the chat template, line \d+: (the other case of a letter in .* is not supported|the argument 'base' is not supported)$", re.S)

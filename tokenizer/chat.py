@@ -446,6 +446,17 @@ x is defined|z is defined|x is undefined|z is none|s is string|d is mapping|list
 ['\\xa0\\u200b\\u2028\\x85', '\\U000e0001'] | string|d.items is defined|d.keys is callable|d['items'] is callable|{'items': 1}.items is callable|{'items': 1}['items']|{'pop': 1}.pop is defined|''.strip is callable
 x is sameas x|dict([['a', 1], ('b', 2)])|dict([1])|'h\\xe9y'.replace('', '-')|'h\\xe9y'.replace('', '-', 2)|x | reverse | list|'a\\u2028b\\x0bc\\r\\nd' | indent|'a\\n' | indent(blank=true)|'' | indent(2, true)|'a\\x85b\\x1cc'.splitlines()|[[[7]]] | map(attribute='0.00') | list
 loop is defined|namespace(a=1).a|x.y|1 / 0|list | nothing_like_it|raise_exception('no')|5 + 'a'|'a' < 1|list.append(1)|none | length|5 | join
+list.0|list. 1|{10: 'Bob'}.10|d.y.1.z|[[1, [2, 3]]].0.1.1|'abc'.1|list.7|d.0|x.0|5.0|list.1.5|list.01|list. 1.5|list.1e1|list.1_0|d[] is undefined|d[] | default('q')|{(): 5}[]|list[]|'a'[]|x[]|x[] is undefined
+'a' is escaped|'a' | safe is escaped|5 is escaped|x is escaped|('a' | safe + 'b') is escaped|('a' ~ ('b' | safe)) is escaped|[' a<b ' | safe | trim, 'aB' | safe | upper, 'a b' | safe | title, 'a b' | safe | capitalize, 'ab' | safe | replace('a', '<'), ['<'] | join(',' | safe)]
+[(' aB ' | safe).strip(), (' aB ' | safe).upper(), (' aB ' | safe).title(), ('a,b' | safe).split(','), ('a b' | safe).split(), ('a\nb' | safe).splitlines(), ('ab' | safe)[1:], ('ab' | safe)[::-1], ('ab' | safe)[0], ('ab' | safe) * 2, ('ab' | safe) | reverse, ('ab' | safe) | first, ('ab' | safe) | last, ('ab' | safe) | list]
+[('a-b' | safe).replace('-', '<'), ('a-b' | safe).replace('-', '<' | safe), 'a-b'.replace('-', '<' | safe), (', ' | safe).join(['<', '&' | safe]), ', '.join(['<' | safe]), ('{}&{}{}' | safe).format('<', '>' | safe, ['"']), '{}'.format('<' | safe), ('ab' | safe).removeprefix('a'), ('a\nb' | safe) | indent, 'a\nb' | indent('<' | safe)]
+('a<b' | safe | trim) + '<'|('a<b' | safe).strip() + '<'|('ab' | safe)[:1] + '<'|'<' + ('ab' | safe | upper)|('ab' | safe | title) + '<'|('ab' | safe | string) is escaped|('a' | safe) == 'a'|{'a' | safe: 1}.a|['<' | safe] | tojson|('a' | safe) is escaped == true
+'trim' is filter|'wordwrap' is filter|'truncate' is filter|'from_json' is filter|'' is filter|x is filter|5 is filter|[] is filter|{} is filter|none is not filter|d.items() is filter|'sequence' is test|'==' is test|'<=' is test|'=' is test|'escaped' is test|'nothing' is test|x is test|[1] is test|namespace() is test|'trim' is filter 5|'a' is string 'b'|x is callable
+['e', 'xmlattr', 'urlize', 'attr', 'tojson', 'tests', 'strftime'] | select('filter') | list|['in', 'odd', 'x', '>', 'filter', 'test'] | select('test') | list|list | select('>', 1) | list|list | select('<=', 2) | list|list | reject('>=', 2) | list|list | select('!=', 2) | list|people | selectattr('age', '<', 30) | list | length|['a' | safe, 'b'] | select('escaped') | list
+'foo bar baz qux' | truncate(9)|'foo bar baz qux' | truncate(9, true)|'foo bar baz qux' | truncate(10)|'foo bar baz qux' | truncate(11, false, '...', 0)|'foo bar baz qux' | truncate(length=6, end='', leeway=0)|'foo bar' | truncate(3, leeway=0)|' bar baz qux' | truncate(4, leeway=0)|u | truncate(7, true, '…', 0)|u | truncate(7, false, '…', 0)|'foobarbaz' | truncate(5, leeway=none)
+s | truncate|'x' * 260|'x' * 261|('x ' * 140) | truncate|('x' * 260) | truncate == 'x' * 260|('x' * 261) | truncate | length|x | truncate(9)|x | truncate is undefined|list | truncate|[1] * 9|([1] * 9) | truncate(3)|([1] * 9) | truncate(3, true)|d | truncate|d | truncate(3, leeway=0)|5 | truncate|none | truncate|true | truncate(true, false, '')
+'abcdefghi' | truncate(2)|'abcdefghi' | truncate(-1, end='')|'abcdefghi' | truncate(4, leeway=-1)|'abcdefghi' | truncate(none)|'abcdefghi' | truncate(4, end=5)|'abcdefghi' | truncate('4')|'a<b c<d e' | safe | truncate(6, end='<', leeway=0)|'a<b c<d e' | truncate(6, end='<' | safe, leeway=0)|('a b c d e f' | safe | truncate(6, leeway=0)) is escaped|'abcdefghi' | truncate(3, leeway=0)|'abc' | truncate(1, 2, 3, 4, 5)
+'' | wordcount|'foo bar, b_z-q 1.5' | wordcount|u | wordcount|'e\u0301a x\u00b2 \u2167 \u200b' | wordcount|x | wordcount|5.25 | wordcount|list | wordcount|d | wordcount|none | wordcount|'a' | wordcount(1)|list | map('string') | map('wordcount') | sum
 """
 STATEMENTS = [
     "{% for i in list %}{{ loop.index }}/{{ loop.index0 }}/{{ loop.first }}/{{ loop.last }}/{{ loop.length }}/{{ loop.revindex }}/{{ loop.revindex0 }}:{{ i }} {% endfor %}",
@@ -467,6 +478,40 @@ STATEMENTS = [
     "{%- for message in messages -%}{{- message.role }}: {{ message['content'] | trim }}{{ '\\n' }}{%- endfor -%}",
     "line\r\nend\rlast\n\n",
     "{{ 'a<b>' | safe + '<c>&' }}{{ ('x' | safe) ~ '<y>' }}",
+    "{% macro m(a, b='B') %}<{{ a }}{{ b }}{{ caller() }}>{% endmacro %}{% call m(1) %}x{{ n }}{% endcall %}{% call m(b=2) %}{% endcall %}",
+    "{% macro m(l) %}{% for i in l %}{{ caller(i, b=loop.index) }}{% endfor %}{% endmacro %}{% call(a, b=0, c='C') m(list) %}{{ a }}{{ b }}{{ c }};{% endcall %}",
+    "{% macro m() %}{{ caller }}{{ caller is defined }}{{ 'y' if caller }}{% endmacro %}{{ m() }}{{ m(caller=5) }}{{ m(caller=none) }}",
+    "{% macro m() %}{{ caller is callable }}{{ caller is undefined }}{% endmacro %}{% set caller = 'x' %}{{ m() }}{% call m() %}{% endcall %}{{ caller }}",
+    "{% macro m() %}{{ caller() }}{% endmacro %}{% for i in list %}{% call m() %}{{ i }}{{ loop.index }}{% set i = 9 %}{{ i }}{% endcall %}{{ i }};{% endfor %}",
+    "{% macro m(n) %}{% if n %}{% call(x) m(n - 1) %}{{ n }}{{ x }},{% endcall %}{% endif %}{{ caller(n) }}{% endmacro %}{% call(x) m(3) %}({{ x }}){% endcall %}",
+    "{% macro o() %}[{{ caller() }}]{% endmacro %}{% macro m() %}{% set up = caller %}{% call o() %}{{ up() }}{% endcall %}{% endmacro %}{% call m() %}x{% endcall %}",
+    "{% macro o() %}[{{ caller() }}]{% endmacro %}{% macro m() %}{% call o() %}{{ caller is defined }}{% endcall %}{% endmacro %}{% call m() %}x{% endcall %}",
+    "{% macro o() %}[{{ caller() }}]{% endmacro %}{% macro m() %}{{ caller() }}{% call o() %}{{ caller is defined }}{% endcall %}{% endmacro %}{% call m() %}x{% endcall %}",
+    "{% macro o() %}{{ caller() }}{% endmacro %}{% filter upper %}{% call o() %}  a{% endcall %}{% endfilter %}{% set x %}{% call o() -%} b {%- endcall %}{% endset %}[{{ x }}]",
+    "{% macro m(caller=none) %}{{ caller() if caller }}.{% endmacro %}{{ m() }}{% call m() %}x{% endcall %}",
+    "{% macro m(caller=none) %}{{ caller() if caller }}.{% endmacro %}{% call m(1) %}x{% endcall %}",
+    "{% macro m(caller) %}{{ caller }}{% endmacro %}{{ m(1) }}",
+    "{% macro m(caller) %}{% endmacro %}{% call m() %}x{% endcall %}.",
+    "{% macro m() %}a{% endmacro %}{% call m() %}x{% endcall %}",
+    "{% macro m() %}{{ caller() }}{% endmacro %}{{ m() }}",
+    "{% macro m() %}{% set caller = 1 %}{{ caller }}{% endmacro %}{{ m() }}{% call m() %}x{% endcall %}",
+    "{% macro m() %}{% for caller in caller %}{{ caller }}{% endfor %}{% endmacro %}{% set caller = 'ab' %}{{ m() }}",
+    "{% macro m() %}{% with caller = 1 %}{{ caller }}{% endwith %}{% endmacro %}{{ m() }}",
+    "{% macro o(caller=2) %}{{ caller }}{% endmacro %}{% macro m() %}{{ o(caller=1) }}{% endmacro %}{{ m() }}{% call m() %}x{% endcall %}",
+    "{% macro o(caller=2) %}{{ caller }}{% endmacro %}{% macro m() %}{{ o(caller=1) }}{{ caller() }}{% endmacro %}{% call m() %}x{% endcall %}",
+    "{% macro m() %}{% set ns = namespace(caller=1) %}{% set ns.caller = 2 %}{{ ns.caller }}{% endmacro %}{{ m() }}{% call m() %}x{% endcall %}",
+    "{% macro m(a=caller) %}{{ a is defined }}{% endmacro %}{{ m() }}{% call m() %}x{% endcall %}",
+    "{% macro m(x) %}{{ caller(caller) }}{% endmacro %}{% call(f) m(caller=1) %}x{% endcall %}",
+    "{% macro m() %}{{ caller(1, 2) }}{% endmacro %}{% call(f) m() %}x{% endcall %}",
+    "{% call range(3) %}x{% endcall %}",
+    "{% call x() %}x{% endcall %}",
+    "{% macro m() %}{{ caller() }}{% endmacro %}{% call m() | upper %}x{% endcall %}",
+    "{% macro m() %}{{ caller() }}{% endmacro %}{% call m %}x{% endcall %}",
+    "{% macro m() %}{{ caller() }}{% endmacro %}{% for i in list %}{% call m() %}{% break %}{% endcall %}{% endfor %}",
+    "{% macro m() %}{{ caller() }}{% endmacro %}{% call m() %}x{% endmacro %}",
+    "{% macro m(a, b=1, c) %}{{ c }}{% endmacro %}{{ m(1, 2, 3) }}",
+    "{% set ns = namespace() %}{% for i in list %}{% set ns.l = loop %}{% if i == 1 %}{% break %}{% endif %}{% endfor %}{{ ns.l.index }}{{ ns.l.first }}{{ ns.l.previtem }}{{ ns.l.nextitem }}",
+    "{% set ns = namespace() %}{% for i in list %}{% set ns.l = loop %}{% endfor %}{{ ns.l.index }}{{ ns.l.last }}{{ ns.l.revindex0 }}{{ ns.l.nextitem }}",
 ]
 
 
@@ -504,7 +549,7 @@ def render(template, **variables):
     """Renders a conversation. Returns None if that fails."""
     try:
         return environment().from_string(template).render(tools=None, documents=None, bos_token="<s>", eos_token="</s>", **variables)
-    except (TemplateError, TypeError, ValueError, ZeroDivisionError):
+    except (ArithmeticError, AssertionError, AttributeError, SyntaxError, TemplateError, TypeError, ValueError):
         return None
 
 
