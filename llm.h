@@ -1853,13 +1853,14 @@ static void llm__env_progress(llm__env *env, float done) {
         llm__fail(env, LLM_ERROR_CANCELLED, "loading was cancelled");
 }
 
-/* Allocates count * size bytes, aligned to LLM__ALIGN and not cleared. Returns NULL if that fails. */
-static void *llm__alloc_try(llm__pool *pool, size_t count, size_t size) {
-    size_t room = sizeof(llm__pool_block) + LLM__ALIGN;
+/* Allocates count * size bytes, aligned to `align`, a power of two of LLM__ALIGN or more, and not cleared. Returns NULL
+   if that fails. */
+static void *llm__alloc_aligned(llm__pool *pool, size_t count, size_t size, size_t align) {
+    size_t room = sizeof(llm__pool_block) + align;
     if (size && count > (SIZE_MAX - room) / size) return NULL;
     void *raw = llm__alloc_raw(&pool->host, count * size + room);
     if (!raw) return NULL;
-    uintptr_t at = ((uintptr_t)raw + room) & ~(uintptr_t)(LLM__ALIGN - 1);
+    uintptr_t at = ((uintptr_t)raw + room) & ~(uintptr_t)(align - 1);
     llm__pool_block *block = (llm__pool_block *)at - 1;
     block->prev = NULL;
     block->next = pool->blocks;
@@ -1871,12 +1872,47 @@ static void *llm__alloc_try(llm__pool *pool, size_t count, size_t size) {
     return (void *)at;
 }
 
-static void *llm__alloc(llm__env *env, size_t count, size_t size) {
-    void *ptr = llm__alloc_try(env->pool, count, size);
+static void *llm__alloc_try(llm__pool *pool, size_t count, size_t size) {
+    return llm__alloc_aligned(pool, count, size, LLM__ALIGN);
+}
+
+static void *llm__alloc_check(llm__env *env, void *ptr, size_t count, size_t size) {
     if (!ptr)
         llm__fail(env, LLM_ERROR_MEMORY, "out of memory: could not allocate %llu bytes",
                   (unsigned long long)count * size);
     return ptr;
+}
+
+static void *llm__alloc(llm__env *env, size_t count, size_t size) {
+    return llm__alloc_check(env, llm__alloc_try(env->pool, count, size), count, size);
+}
+
+/* With pages of 2 MB, where the system has them, memory takes fewer address translations, and the system provides it
+   faster. */
+enum { LLM__HUGE_PAGE = 1 << 21 };
+
+static void llm__alloc_use_huge_pages(void *block, size_t size) {
+#if defined(MADV_HUGEPAGE)
+    uintptr_t first = ((uintptr_t)block + LLM__HUGE_PAGE - 1) & ~(uintptr_t)(LLM__HUGE_PAGE - 1),
+              end = ((uintptr_t)block + size) & ~(uintptr_t)(LLM__HUGE_PAGE - 1);
+    if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE);
+#else
+    (void)block;
+    (void)size;
+#endif
+}
+
+/* For a table that is read at random or filled at once. One of several MB begins where a page of 2 MB does. */
+static void *llm__alloc_table(llm__env *env, size_t count, size_t size) {
+#if defined(MADV_HUGEPAGE)
+    if (size && count > LLM__HUGE_PAGE / size) {
+        void *ptr = llm__alloc_aligned(env->pool, count, size, LLM__HUGE_PAGE);
+        llm__alloc_check(env, ptr, count, size);
+        llm__alloc_use_huge_pages(ptr, count * size);
+        return ptr;
+    }
+#endif
+    return llm__alloc(env, count, size);
 }
 
 static void *llm__alloc_zero(llm__env *env, size_t count, size_t size) {
@@ -2321,7 +2357,8 @@ static llm__str llm__cursor_str(llm__cursor *r) {
 /* ==== 3 JSON reader =============================================================================================
 
    Parses a JSON text (RFC 8259) into a tree. Strings without escapes point into the text, so the text must outlive the
-   tree. */
+   tree. A tree takes several times the memory of a list of its strings, so a caller may read large members
+   itself. */
 
 typedef enum llm__json_type {
     LLM__JSON_NULL,
@@ -2343,14 +2380,23 @@ typedef struct llm__json {
     size_t n;                /* number of items or members */
 } llm__json;
 
-enum { LLM__JSON_DEPTH = 64, LLM__JSON_CHUNK = 200 }; /* maximum nesting; nodes per allocation */
+/* Maximum nesting; nodes per allocation; bytes of copied strings per allocation. */
+enum { LLM__JSON_DEPTH = 64, LLM__JSON_CHUNK = 200, LLM__JSON_COPIES = 1 << 14 };
 
 typedef struct llm__json_reader {
     llm__env *env;
     const char *start, *at, *end;
     llm__json *nodes;
     size_t n_nodes; /* nodes of the current chunk in use */
+    char *copies;   /* room for strings with escapes */
+    size_t n_copies;
+    /* If not NULL: called with the reader in front of the value of each object's member. Returns true if it has read
+       the value, and set the member's type. */
+    bool (*reads_member)(struct llm__json_reader *r, const llm__json *object, llm__json *member, int depth);
+    void *user;
 } llm__json_reader;
+
+LLM__SMALL_END
 
 static llm__json *llm__json_node(llm__json_reader *r) {
     if (r->n_nodes == LLM__JSON_CHUNK || !r->nodes) {
@@ -2413,16 +2459,40 @@ static size_t llm__json_escape(llm__json_reader *r, char *out) {
     return llm__utf8_encode(code, (uint8_t *)out);
 }
 
+/* The first quote, backslash or control character from p on, or end. Looks at 8 bytes at a time: in each term the
+   lowest byte whose highest bit is set is the first of one kind. */
+static const char *llm__json_plain_end(const char *p, const char *end) {
+    const uint64_t ones = 0x0101010101010101u;
+    for (; end - p >= 8; p += 8) {
+        uint64_t x, quote, slash;
+        memcpy(&x, p, 8);
+        quote = x ^ '"' * ones;
+        slash = x ^ '\\' * ones;
+        quote = (quote - ones) & ~quote;
+        slash = (slash - ones) & ~slash;
+        const uint64_t control = (x - 0x20 * ones) & ~x, found = (quote | slash | control) & 0x80 * ones;
+        if (found) return p + __builtin_ctzll(found) / 8;
+    }
+    while (p < end && *p != '"' && *p != '\\' && (unsigned char)*p >= 0x20) p++;
+    return p;
+}
+
+static char *llm__json_room(llm__json_reader *r, size_t n) {
+    if (n > LLM__JSON_COPIES / 4) return (char *)llm__alloc(r->env, n, 1);
+    if (n > r->n_copies) r->copies = (char *)llm__alloc(r->env, r->n_copies = LLM__JSON_COPIES, 1);
+    r->n_copies -= n;
+    return r->copies + r->n_copies;
+}
+
 static llm__str llm__json_string(llm__json_reader *r) {
     llm__str s;
     bool escaped = false;
     llm__json_expect(r, '"', "a string is expected");
     const char *start = r->at;
-    for (; r->at < r->end && *r->at != '"'; r->at++) {
-        if ((unsigned char)*r->at < 0x20) llm__json_fail(r, "a control character in a string");
-        if (*r->at != '\\') continue;
+    while ((r->at = llm__json_plain_end(r->at, r->end)) < r->end && *r->at != '"') {
+        if (*r->at != '\\') llm__json_fail(r, "a control character in a string");
         escaped = true;
-        if (++r->at == r->end) break;
+        r->at += r->end - r->at > 1 ? 2 : 1;
     }
     if (r->at >= r->end) llm__json_fail(r, "the text ends inside a string");
     s.at = start;
@@ -2430,16 +2500,15 @@ static llm__str llm__json_string(llm__json_reader *r) {
     r->at++;
     if (!escaped) return s;
     const char *after = r->at, *end = r->end;
-    char *copy = (char *)llm__alloc(r->env, s.n, 1);
+    char *copy = llm__json_room(r, s.n);
     size_t n = 0;
     r->end = after - 1;
-    for (r->at = start; r->at < r->end;) {
-        if (*r->at != '\\') {
-            copy[n++] = *r->at++;
-            continue;
-        }
-        r->at++;
-        n += llm__json_escape(r, copy + n);
+    for (r->at = start;; n += llm__json_escape(r, copy + n)) {
+        const char *plain = r->at;
+        r->at = llm__json_plain_end(plain, r->end);
+        memcpy(copy + n, plain, (size_t)(r->at - plain));
+        n += (size_t)(r->at - plain);
+        if (r->at++ == r->end) break;
     }
     r->at = after;
     r->end = end;
@@ -2552,7 +2621,8 @@ static void llm__json_read(llm__json_reader *r, llm__json *v, int depth) {
                 item->key = llm__json_string(r);
                 llm__json_expect(r, ':', "a colon is expected");
             }
-            llm__json_read(r, item, depth + 1);
+            if (open == '[' || !r->reads_member || !r->reads_member(r, v, item, depth))
+                llm__json_read(r, item, depth + 1);
             *last = item;
             last = &item->next;
             v->n++;
@@ -2561,13 +2631,28 @@ static void llm__json_read(llm__json_reader *r, llm__json *v, int depth) {
     }
 }
 
-static llm__json *llm__json_parse(llm__env *env, const void *text, size_t n) {
-    llm__json_reader r = {env, (const char *)text, (const char *)text, (const char *)text + n, NULL, 0};
-    llm__json *v = llm__json_node(&r);
-    llm__json_read(&r, v, 0);
-    llm__json_peek(&r);
-    if (r.at < r.end) llm__json_fail(&r, "unexpected text after the value");
+LLM__SMALL_BEGIN
+
+static llm__json_reader llm__json_open(llm__env *env, const void *text, size_t n) {
+    llm__json_reader r;
+    memset(&r, 0, sizeof r);
+    r.env = env;
+    r.start = r.at = (const char *)text;
+    r.end = r.start + n;
+    return r;
+}
+
+static llm__json *llm__json_read_all(llm__json_reader *r) {
+    llm__json *v = llm__json_node(r);
+    llm__json_read(r, v, 0);
+    llm__json_peek(r);
+    if (r->at < r->end) llm__json_fail(r, "unexpected text after the value");
     return v;
+}
+
+static llm__json *llm__json_parse(llm__env *env, const void *text, size_t n) {
+    llm__json_reader r = llm__json_open(env, text, n);
+    return llm__json_read_all(&r);
 }
 
 /* Finds a member of an object. Returns NULL if it is absent; the last of duplicate keys wins. */
@@ -4030,7 +4115,7 @@ static llm__str *llm__gguf_strings(llm__env *env, const llm__checkpoint *ck, con
     if (!v) return NULL;
     if (!v->is_array || v->type != LLM__GGUF_STRING)
         llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not an array of strings", key);
-    llm__str *list = (llm__str *)llm__alloc(env, (size_t)v->count, sizeof *list);
+    llm__str *list = (llm__str *)llm__alloc_table(env, (size_t)v->count, sizeof *list);
     const uint8_t *p = v->data;
     for (uint64_t i = 0; i < v->count; i++) {
         list[i].n = (size_t)llm__bytes_u64(p);
@@ -6590,7 +6675,7 @@ static llm__jinja_node *llm__jinja_number(llm__jinja_parser *p) {
         if (n == sizeof digits - 1) llm__jinja_fail(p, "the number %.*s is too long", LLM__SHOW(s));
         digits[n++] = s.at[i];
     }
-    llm__json_reader r = {p->env, digits, digits, digits + n, NULL, 0};
+    llm__json_reader r = llm__json_open(p->env, digits, n);
     llm__json v;
     llm__json_number(&r, &v);
     if (r.at != r.end || (!is_float && n > 18)) llm__jinja_fail(p, "the number %.*s is not supported", LLM__SHOW(s));
@@ -8483,7 +8568,7 @@ static llm__jinja_value llm__jinja_to_number(llm__jinja_run *r, const llm__jinja
         const char *p = s.u.s.at, *end = p + s.u.s.n;
         bool minus = p < end && *p == '-';
         p += p < end && (*p == '-' || *p == '+');
-        llm__json_reader reader = {r->env, p, p, end, NULL, 0};
+        llm__json_reader reader = llm__json_open(r->env, p, (size_t)(end - p));
         llm__json number;
         size_t digits = 0;
         while (p + digits < end && llm__jinja_is_digit(p[digits])) digits++;
@@ -9508,17 +9593,11 @@ static uint64_t llm__hash_bytes(const uint8_t *p, size_t n) {
     return llm__hash_mix((h ^ llm__load_tail(p, n)) * 0xD6E8FEB86659FD93u);
 }
 
-/* The slot where the search for these bytes begins. */
-static const llm__vocab_piece_slot *llm__vocab_first_slot(const llm_tokenizer *t, const uint8_t *p, size_t n) {
-    return &t->pieces[llm__hash_bytes(p, n) & t->piece_mask];
-}
-
-/* The slot that holds these bytes, or the free slot where they belong. *head receives the value that
+/* The slot that holds these bytes, whose hash is h, or the free slot where they belong. *head receives the value that
    slots compare: the bytes themselves if there are at most 8, otherwise their hash. Most pieces are short, so only the
    slot is read for them. */
-static llm__vocab_piece_slot *llm__vocab_slot_of(const llm_tokenizer *t, const uint8_t *p, size_t n, uint64_t *head,
-                                                 size_t *probes) {
-    uint64_t h = llm__hash_bytes(p, n);
+static llm__vocab_piece_slot *llm__vocab_slot_of(const llm_tokenizer *t, const uint8_t *p, size_t n, uint64_t h,
+                                                 uint64_t *head, size_t *probes) {
     *head = n <= 8 ? llm__load_tail(p, n) : h;
     for (size_t i = h & t->piece_mask;; i = (i + 1) & t->piece_mask, ++*probes) {
         llm__vocab_piece_slot *slot = &t->pieces[i];
@@ -9528,32 +9607,36 @@ static llm__vocab_piece_slot *llm__vocab_slot_of(const llm_tokenizer *t, const u
     }
 }
 
-static llm_token llm__vocab_find(const llm_tokenizer *t, const uint8_t *p, size_t n) {
+static llm_token llm__vocab_find_hashed(const llm_tokenizer *t, const uint8_t *p, size_t n, uint64_t h) {
     uint64_t head;
     size_t probes = 0;
-    return n && n <= t->longest_piece ? llm__vocab_slot_of(t, p, n, &head, &probes)->id : LLM__NONE;
+    return n && n <= t->longest_piece ? llm__vocab_slot_of(t, p, n, h, &head, &probes)->id : LLM__NONE;
+}
+
+static llm_token llm__vocab_find(const llm_tokenizer *t, const uint8_t *p, size_t n) {
+    return llm__vocab_find_hashed(t, p, n, llm__hash_bytes(p, n));
 }
 
 static uint64_t llm__bpe_pair_hash(llm_token left, llm_token right) {
     return llm__hash_mix(((uint64_t)(uint32_t)left << 32 | (uint32_t)right) * 0xD6E8FEB86659FD93u);
 }
 
-static llm__bpe_pair_slot *llm__bpe_pair_slot_of(const llm_tokenizer *t, llm_token left, llm_token right,
+/* The slot of this pair, whose hash is h, or the free slot where it belongs. */
+static llm__bpe_pair_slot *llm__bpe_pair_slot_of(const llm_tokenizer *t, llm_token left, llm_token right, uint64_t h,
                                                  size_t *probes) {
-    uint64_t h = llm__bpe_pair_hash(left, right);
     for (size_t i = h & t->pair_mask;; i = (i + 1) & t->pair_mask, ++*probes) {
         llm__bpe_pair_slot *slot = &t->pairs[i];
         if ((slot->left == left && slot->right == right) || slot->left == LLM__NONE) return slot;
     }
 }
 
-/* The number of this pair's bit in the filter. */
-static size_t llm__bpe_pair_bit(const llm_tokenizer *t, llm_token left, llm_token right) {
-    return (size_t)(llm__bpe_pair_hash(left, right) >> 32) & (8 * t->pair_mask + 7);
+/* The number of the bit in the filter of a pair whose hash is h. */
+static size_t llm__bpe_pair_bit(const llm_tokenizer *t, uint64_t h) {
+    return (size_t)(h >> 32) & (8 * t->pair_mask + 7);
 }
 
-static void llm__bpe_filter_pair(llm_tokenizer *t, llm_token left, llm_token right) {
-    size_t bit = llm__bpe_pair_bit(t, left, right);
+static void llm__bpe_filter_pair(llm_tokenizer *t, uint64_t h) {
+    size_t bit = llm__bpe_pair_bit(t, h);
     t->pair_filter[bit / 8] |= (uint8_t)(1 << bit % 8);
 }
 
@@ -9563,9 +9646,10 @@ static llm__bpe_merge_to llm__bpe_find_pair(const llm_tokenizer *t, llm_token le
     llm__bpe_merge_to merge = {LLM__NONE, LLM__NO_RANK};
     uint32_t i = (uint32_t)left - (uint32_t)t->first_byte, j = (uint32_t)right - (uint32_t)t->first_byte;
     if ((i | j) < 256 && t->byte_pairs) return t->byte_pairs[i * 256 + j];
-    size_t probes = 0, bit = llm__bpe_pair_bit(t, left, right);
+    const uint64_t h = llm__bpe_pair_hash(left, right);
+    size_t probes = 0, bit = llm__bpe_pair_bit(t, h);
     if (!(t->pair_filter[bit / 8] >> bit % 8 & 1)) return merge;
-    const llm__bpe_pair_slot *slot = llm__bpe_pair_slot_of(t, left, right, &probes);
+    const llm__bpe_pair_slot *slot = llm__bpe_pair_slot_of(t, left, right, h, &probes);
     if (slot->left == LLM__NONE) return merge;
     merge.merged = slot->merged;
     merge.rank = slot->rank;
@@ -10648,10 +10732,13 @@ LLM_API const char *llm_token_bytes(const llm_tokenizer *tokenizer, llm_token id
     return s.at;
 }
 
-LLM_API bool llm_token_is_special(const llm_tokenizer *tokenizer, llm_token id) {
-    if (id < 0 || id >= tokenizer->n_vocab) return false;
-    int type = llm__vocab_type_of(tokenizer, id);
+static inline bool llm__vocab_is_special(const llm_tokenizer *t, llm_token id) {
+    int type = llm__vocab_type_of(t, id);
     return type == LLM__TYPE_CONTROL || type == LLM__TYPE_UNKNOWN;
+}
+
+LLM_API bool llm_token_is_special(const llm_tokenizer *tokenizer, llm_token id) {
+    return id >= 0 && id < tokenizer->n_vocab && llm__vocab_is_special(tokenizer, id);
 }
 
 LLM_API bool llm_token_is_end(const llm_tokenizer *tokenizer, llm_token id) {
@@ -10662,31 +10749,40 @@ LLM_API int llm_tokenizer_n_vocab(const llm_tokenizer *tokenizer) { return token
 LLM_API llm_token llm_tokenizer_bos(const llm_tokenizer *tokenizer) { return tokenizer->bos; }
 LLM_API llm_token llm_tokenizer_eos(const llm_tokenizer *tokenizer) { return tokenizer->eos; }
 
-/* The text that a token adds, NULL if it is not shown. At the start of a text, the space that SentencePiece added is
-   removed. */
-static llm__str llm__dec_text(const llm_tokenizer *t, llm_token id, unsigned flags, bool text_begins) {
+/* The text that a token adds, NULL if it is not shown. `strips`: without a space in front, which SentencePiece adds at
+   the start of a text. */
+static inline llm__str llm__dec_text(const llm_tokenizer *t, llm_token id, unsigned flags, bool strips) {
     llm__str s = {NULL, 0};
-    if (id < 0 || id >= t->n_vocab || (llm_token_is_special(t, id) && !(flags & LLM_TOKENS_SPECIAL))) return s;
+    if (id < 0 || id >= t->n_vocab || (!(flags & LLM_TOKENS_SPECIAL) && llm__vocab_is_special(t, id))) return s;
     s = llm__vocab_piece(t, id);
-    if (text_begins && t->strip_prefix && s.n && s.at[0] == ' ') {
+    if (strips && s.n && s.at[0] == ' ') {
         s.at++;
         s.n--;
     }
     return s;
 }
 
+/* Writes a piece at text[n] as far as it fits, and returns where the next one begins. */
+static inline size_t llm__dec_put(char *text, size_t n, size_t capacity, llm__str s) {
+    const size_t last = capacity < LLM__PIECE_COPY ? 0 : capacity - LLM__PIECE_COPY + 1;
+    if (n < last && s.n <= LLM__PIECE_COPY)
+        memcpy(text + n, s.at, LLM__PIECE_COPY); /* most pieces are short, and a copy of one size is fast */
+    else if (n < capacity) memcpy(text + n, s.at, s.n < capacity - n ? s.n : capacity - n);
+    return n + s.n;
+}
+
 LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n_ids, unsigned flags,
                           char *text, size_t capacity) {
-    size_t n = 0;
-    bool begins = true;
-    for (size_t i = 0; i < n_ids; i++) {
-        llm__str s = llm__dec_text(tokenizer, ids[i], flags, begins);
+    size_t n = 0, i = 0;
+    for (bool strips = tokenizer->strip_prefix; strips && i < n_ids; i++) {
+        const llm__str s = llm__dec_text(tokenizer, ids[i], flags, true);
         if (!s.at) continue;
-        begins = false;
-        if (n < capacity && capacity - n >= LLM__PIECE_COPY && s.n <= LLM__PIECE_COPY)
-            memcpy(text + n, s.at, LLM__PIECE_COPY); /* most pieces are short, and a copy of one size is fast */
-        else if (n < capacity) memcpy(text + n, s.at, s.n < capacity - n ? s.n : capacity - n);
-        n += s.n;
+        n = llm__dec_put(text, n, capacity, s);
+        strips = false;
+    }
+    for (; i < n_ids; i++) {
+        const llm__str s = llm__dec_text(tokenizer, ids[i], flags, false);
+        if (s.at) n = llm__dec_put(text, n, capacity, s);
     }
     if (capacity) text[n < capacity ? n : capacity - 1] = 0;
     return n;
@@ -10712,7 +10808,7 @@ static bool llm__dec_next_character(const uint8_t *p, const uint8_t *end, size_t
 
 LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream *stream, llm_token token, char *text,
                                 size_t capacity) {
-    llm__str s = llm__dec_text(tokenizer, token, stream->flags, !stream->started);
+    llm__str s = llm__dec_text(tokenizer, token, stream->flags, tokenizer->strip_prefix && !stream->started);
     uint8_t head[8]; /* the pending bytes and the first bytes of the token */
     size_t n_out = 0, at = 0, n_pending = (size_t)stream->n_pending, total = n_pending + s.n;
     for (bool ends = token < 0; at < total;) {
@@ -10740,8 +10836,6 @@ LLM_API size_t llm_stream_token(const llm_tokenizer *tokenizer, llm_text_stream 
     return n_out;
 }
 
-LLM__SMALL_BEGIN
-
 /* ---- Building a tokenizer ----
    The hash tables of a large vocabulary do not fit into the second-level cache, and building them visits their slots in
    random order. So pieces and merges are handled LLM__BUILD_AHEAD at a time: first all their slots are prefetched, then
@@ -10765,29 +10859,41 @@ static size_t llm__hash_slots(size_t least) {
     return n;
 }
 
-/* The byte that a code point stands for in byte-level pieces, or -1. Each byte is written as a visible character
-   there. */
-static int llm__vocab_byte_of_code(uint32_t c) {
-    if ((c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255)) return (int)c;
-    if (c < 256 || c > 323) return -1;
-    c -= 256; /* the others, in order: 0 to 32, 127 to 160, 173 */
-    return c <= 32 ? (int)c : c <= 66 ? (int)(c - 33 + 127) : 173;
+enum { LLM__BYTE_CODES = 0x180 };
+
+/* What is needed only while a vocabulary is built. */
+typedef struct llm__vocab_work {
+    int16_t byte_of_code[LLM__BYTE_CODES]; /* the byte that a code point stands for in byte-level pieces, or -1 */
+    uint8_t *in_words;                     /* [n_pieces] 1 if words can contain the piece */
+    uint8_t *adjacent;                     /* [256][256] 1 if a piece has these two bytes side by side */
+} llm__vocab_work;
+
+/* Each byte is written as a visible character in byte-level pieces. */
+static void llm__vocab_map_codes(int16_t *byte_of_code) {
+    int other = 256; /* stands for the next byte that is not visible itself: 0 to 32, 127 to 160, 173 */
+    memset(byte_of_code, 0xFF, LLM__BYTE_CODES * sizeof *byte_of_code);
+    for (int i = 0; i < 256; i++) {
+        bool visible = (i >= 33 && i <= 126) || (i >= 161 && i != 173);
+        byte_of_code[visible ? i : other++] = (int16_t)i;
+    }
 }
 
 /* Writes the bytes that a byte-level piece stands for. False if it has a character that stands for no byte, or is not
    UTF-8. All characters that stand for bytes have one or two bytes themselves. */
-static bool llm__vocab_unmap_bytes(llm__str s, uint8_t *out, size_t *n) {
+static bool llm__vocab_unmap_bytes(const llm__vocab_work *work, llm__str s, uint8_t *out, size_t *n) {
     const uint8_t *p = (const uint8_t *)s.at, *end = p + s.n;
-    for (*n = 0; p < end;) {
+    uint8_t *q = out;
+    while (p < end) {
         uint32_t code = *p++;
         if (code >= 0x80) {
-            if (code < 0xC2 || code > 0xDF || p == end || (*p & 0xC0) != 0x80) return false;
+            if (code < 0xC2 || code >= 0xC0 + (LLM__BYTE_CODES >> 6) || p == end || (*p & 0xC0) != 0x80) return false;
             code = (code & 0x1F) << 6 | (*p++ & 0x3F);
         }
-        int byte = llm__vocab_byte_of_code(code);
+        int byte = work->byte_of_code[code];
         if (byte < 0) return false;
-        out[(*n)++] = (uint8_t)byte;
+        *q++ = (uint8_t)byte;
     }
+    *n = (size_t)(q - out);
     return true;
 }
 
@@ -10830,11 +10936,12 @@ static void llm__vocab_check_piece(llm__env *env, const char *name, size_t i, ll
 }
 
 /* Adds a token to the hash table of pieces, in which words and merges are looked up. */
-static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm_token id) {
+static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v,
+                                   const llm__vocab_work *work, llm_token id, uint64_t hash) {
     llm__str s = llm__vocab_piece(t, id);
     uint64_t head;
     size_t probes = 0;
-    llm__vocab_piece_slot *slot = llm__vocab_slot_of(t, (const uint8_t *)s.at, s.n, &head, &probes);
+    llm__vocab_piece_slot *slot = llm__vocab_slot_of(t, (const uint8_t *)s.at, s.n, hash, &head, &probes);
     if (slot->id != LLM__NONE)
         llm__fail(env, LLM_ERROR_FORMAT, "%s[%ld] and [%ld] are the same piece: \"%.*s\"", v->pieces_name,
                   (long)slot->id, (long)id, LLM__SHOW(v->pieces[id]));
@@ -10845,9 +10952,8 @@ static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__v
     slot->id = id;
     if (s.n > t->longest_piece) t->longest_piece = s.n;
     for (size_t i = 1; i < s.n; i++) {
-        uint8_t left = (uint8_t)s.at[i - 1], right = (uint8_t)s.at[i];
-        t->joined[left][right / 8] |= (uint8_t)(1 << right % 8);
         const uint8_t *p = (const uint8_t *)s.at + i;
+        work->adjacent[256 * p[-1] + p[0]] = 1;
         if (!llm__bpe_between_characters(p)) continue;
         int n_left = i < 3 ? (int)i : 3, n_right = s.n - i < 3 ? (int)(s.n - i) : 3;
         size_t bit = llm__bpe_join_bit(t, p, n_left, n_right);
@@ -10867,14 +10973,19 @@ static size_t llm__vocab_unmark_spaces(llm__str s, uint8_t *out) {
     return n;
 }
 
-/* Stores a piece as the bytes it stands for. Returns true if words can contain it. */
-static bool llm__vocab_store_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, size_t i) {
+/* Stores a piece as the bytes it stands for. Returns true if words can contain it. The characters that stand for bytes
+   are UTF-8; other pieces are checked. */
+static bool llm__vocab_store_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v,
+                                   const llm__vocab_work *work, size_t i) {
     llm__str s = v->pieces[i];
     uint8_t *out = t->bytes + t->offsets[i];
     size_t n = s.n;
-    int type = llm__vocab_type_of(t, (llm_token)i), byte = llm__vocab_byte_piece(s);
+    int type = llm__vocab_type_of(t, (llm_token)i);
     bool in_words = type == LLM__TYPE_NORMAL || (t->flags[i] & LLM__IN_MODEL);
+    bool unmapped = !t->sentencepiece && in_words && llm__vocab_unmap_bytes(work, s, out, &n);
+    if (!unmapped && s.n) llm__vocab_check_piece(env, v->pieces_name, i, s, LLM__MAX_PIECE);
     if (t->sentencepiece && type == LLM__TYPE_BYTE) {
+        int byte = llm__vocab_byte_piece(s);
         if (byte < 0)
             llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is \"%.*s\", not a byte like \"<0x0A>\"", v->pieces_name,
                       (unsigned long long)i, LLM__SHOW(s));
@@ -10884,8 +10995,7 @@ static bool llm__vocab_store_piece(llm__env *env, llm_tokenizer *t, const llm__v
     } else if (t->sentencepiece) {
         n = llm__vocab_unmark_spaces(s, out);
     } else {
-        in_words = in_words && llm__vocab_unmap_bytes(s, out, &n);
-        if (type != LLM__TYPE_NORMAL) in_words = in_words && n == s.n; /* shown as written */
+        in_words = unmapped && (type == LLM__TYPE_NORMAL || n == s.n); /* others are shown as written */
         if (!in_words) memcpy(out, s.at, n = s.n);
         else if (n == 1) t->byte_tokens[out[0]] = (llm_token)i;
     }
@@ -10900,14 +11010,16 @@ static void llm__vocab_find_ascii(llm_tokenizer *t) {
     }
 }
 
-static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
+static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v,
+                                    llm__vocab_work *work) {
     uint64_t total = 0;
     t->flags = (uint16_t *)llm__alloc_zero(env, v->n_pieces, sizeof *t->flags);
     for (size_t i = 0; i < v->n_pieces; i++) {
+        const size_t n = v->pieces[i].n;
         t->flags[i] = (uint16_t)(llm__vocab_source_type(env, v, i) | (v->traits ? v->traits[i] : 0));
-        if (v->pieces[i].n || llm__vocab_type_of(t, (llm_token)i) != LLM__TYPE_UNUSED)
-            llm__vocab_check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_PIECE);
-        total += v->pieces[i].n;
+        if (n > LLM__MAX_PIECE || (!n && llm__vocab_type_of(t, (llm_token)i) != LLM__TYPE_UNUSED))
+            llm__vocab_check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_PIECE); /* fails */
+        total += n;
     }
     if (total > LLM__MOST_TEXT)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s has %llu bytes", v->pieces_name, (unsigned long long)total);
@@ -10915,7 +11027,7 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
     t->offsets = (uint32_t *)llm__alloc_zero(env, v->n_pieces + 1, sizeof *t->offsets);
     t->bytes = (uint8_t *)llm__alloc(env, (size_t)total + LLM__PIECE_COPY, 1);
     memset(t->bytes + total, 0, LLM__PIECE_COPY);
-    t->pieces = (llm__vocab_piece_slot *)llm__alloc(env, room, sizeof *t->pieces);
+    t->pieces = (llm__vocab_piece_slot *)llm__alloc_table(env, room, sizeof *t->pieces);
     t->piece_mask = room - 1;
     memset(t->pieces, 0xFF, room * sizeof *t->pieces);
     memset(t->byte_tokens, 0xFF, sizeof t->byte_tokens);
@@ -10923,17 +11035,20 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
     t->join_mask = llm__bpe_join_bits(room) - 1;
     t->char_joins = (uint8_t *)llm__alloc_zero(env, llm__bpe_join_bytes(room), 1);
     for (size_t first = 0; first < v->n_pieces; first += LLM__BUILD_AHEAD) {
-        bool in_words[LLM__BUILD_AHEAD];
+        uint64_t hashes[LLM__BUILD_AHEAD];
         size_t n = v->n_pieces - first;
         if (n > LLM__BUILD_AHEAD) n = LLM__BUILD_AHEAD;
         for (size_t i = 0; i < n; i++) {
-            in_words[i] = llm__vocab_store_piece(env, t, v, first + i);
+            work->in_words[first + i] = llm__vocab_store_piece(env, t, v, work, first + i);
+            if (!work->in_words[first + i]) continue;
             llm__str s = llm__vocab_piece(t, (llm_token)(first + i));
-            if (in_words[i]) __builtin_prefetch(llm__vocab_first_slot(t, (const uint8_t *)s.at, s.n), 1);
+            hashes[i] = llm__hash_bytes((const uint8_t *)s.at, s.n);
+            __builtin_prefetch(&t->pieces[hashes[i] & t->piece_mask], 1);
         }
         for (size_t i = 0; i < n; i++)
-            if (in_words[i]) llm__vocab_index_piece(env, t, v, (llm_token)(first + i));
+            if (work->in_words[first + i]) llm__vocab_index_piece(env, t, v, work, (llm_token)(first + i), hashes[i]);
     }
+    for (int i = 0; i < 256 * 256; i++) t->joined[i / 256][i % 256 / 8] |= (uint8_t)(work->adjacent[i] << i % 8);
     llm__vocab_find_ascii(t);
 }
 
@@ -10943,15 +11058,16 @@ static void llm__bpe_pairs_resize(llm__env *env, llm_tokenizer *t, size_t room) 
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "the merges need a table of %llu slots, which is too large",
                   (unsigned long long)room);
     size_t n_old = old ? t->pair_mask + 1 : 0, probes = 0;
-    t->pairs = (llm__bpe_pair_slot *)llm__alloc(env, room, sizeof *t->pairs);
+    t->pairs = (llm__bpe_pair_slot *)llm__alloc_table(env, room, sizeof *t->pairs);
     memset(t->pairs, 0xFF, room * sizeof *t->pairs);
     t->pair_mask = room - 1;
     llm__free(env->pool, t->pair_filter);
     t->pair_filter = (uint8_t *)llm__alloc_zero(env, room, 1);
     for (size_t i = 0; i < n_old; i++) {
         if (old[i].left == LLM__NONE) continue;
-        *llm__bpe_pair_slot_of(t, old[i].left, old[i].right, &probes) = old[i];
-        llm__bpe_filter_pair(t, old[i].left, old[i].right);
+        const uint64_t h = llm__bpe_pair_hash(old[i].left, old[i].right);
+        *llm__bpe_pair_slot_of(t, old[i].left, old[i].right, h, &probes) = old[i];
+        llm__bpe_filter_pair(t, h);
     }
     llm__free(env->pool, old);
 }
@@ -10960,15 +11076,16 @@ static void llm__bpe_pairs_resize(llm__env *env, llm_tokenizer *t, size_t room) 
 static void llm__bpe_add_pair(llm__env *env, llm_tokenizer *t, llm_token left, llm_token right, llm_token merged,
                               uint32_t rank) {
     if (3 * (t->n_pairs + 1) > 2 * (t->pair_mask + 1)) llm__bpe_pairs_resize(env, t, 2 * (t->pair_mask + 1));
+    const uint64_t h = llm__bpe_pair_hash(left, right);
     size_t probes = 0;
-    llm__bpe_pair_slot *slot = llm__bpe_pair_slot_of(t, left, right, &probes);
+    llm__bpe_pair_slot *slot = llm__bpe_pair_slot_of(t, left, right, h, &probes);
     if (slot->left == LLM__NONE) t->n_pairs++;
     if (probes > LLM__MAX_PROBES) llm__fail(env, LLM_ERROR_UNSUPPORTED, "too many merges collide");
     slot->left = left;
     slot->right = right;
     slot->merged = merged;
     slot->rank = rank;
-    llm__bpe_filter_pair(t, left, right);
+    llm__bpe_filter_pair(t, h);
 }
 
 /* Merging in byte-level vocabularies begins with pairs of bytes, so these have a table of their own. */
@@ -10983,9 +11100,10 @@ static void llm__bpe_build_byte_pairs(llm__env *env, llm_tokenizer *t) {
     t->byte_pairs = table;
 }
 
-static size_t llm__bpe_unmap_merge(llm__env *env, const llm__vocab_source *v, size_t i, llm__str s, uint8_t *out) {
+static size_t llm__bpe_unmap_merge(llm__env *env, const llm__vocab_source *v, const llm__vocab_work *work, size_t i,
+                                   llm__str s, uint8_t *out) {
     size_t n;
-    bool bytes = !v->sentencepiece && llm__vocab_unmap_bytes(s, out, &n);
+    bool bytes = !v->sentencepiece && llm__vocab_unmap_bytes(work, s, out, &n);
     if (bytes && s.n && s.n <= LLM__MAX_PIECE) return n;
     llm__vocab_check_piece(env, v->merges_name, i, s, LLM__MAX_PIECE);
     if (v->sentencepiece) return llm__vocab_unmark_spaces(s, out);
@@ -10997,11 +11115,12 @@ static size_t llm__bpe_unmap_merge(llm__env *env, const llm__vocab_source *v, si
 typedef struct llm__bpe_merge_bytes {
     uint8_t *p;
     size_t n_left, n_right, room;
+    uint64_t left_hash, right_hash;
     llm_token left, right, merged;
 } llm__bpe_merge_bytes;
 
-static void llm__bpe_read_merge(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, size_t i,
-                                llm__bpe_merge_bytes *m) {
+static void llm__bpe_read_merge(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v,
+                                const llm__vocab_work *work, size_t i, llm__bpe_merge_bytes *m) {
     llm__str left = v->merges[i].left, right = v->merges[i].right;
     size_t most = left.n + right.n; /* the bytes are no more than the characters that stand for them */
     if (most > m->room) {
@@ -11009,48 +11128,61 @@ static void llm__bpe_read_merge(llm__env *env, const llm_tokenizer *t, const llm
         m->p = NULL;
         m->p = (uint8_t *)llm__alloc(env, m->room = 2 * most, 1);
     }
-    m->n_left = llm__bpe_unmap_merge(env, v, i, left, m->p);
-    m->n_right = llm__bpe_unmap_merge(env, v, i, right, m->p + m->n_left);
-    __builtin_prefetch(llm__vocab_first_slot(t, m->p, m->n_left));
-    __builtin_prefetch(llm__vocab_first_slot(t, m->p + m->n_left, m->n_right));
-    __builtin_prefetch(llm__vocab_first_slot(t, m->p, m->n_left + m->n_right));
+    m->n_left = llm__bpe_unmap_merge(env, v, work, i, left, m->p);
+    m->n_right = llm__bpe_unmap_merge(env, v, work, i, right, m->p + m->n_left);
+    m->left_hash = llm__hash_bytes(m->p, m->n_left);
+    m->right_hash = llm__hash_bytes(m->p + m->n_left, m->n_right);
+    __builtin_prefetch(&t->pieces[m->left_hash & t->piece_mask]);
+    __builtin_prefetch(&t->pieces[m->right_hash & t->piece_mask]);
 }
 
 static llm_token llm__bpe_merge_token(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, size_t i,
-                                      const uint8_t *p, size_t n, llm__str shown) {
-    llm_token id = llm__vocab_find(t, p, n);
+                                      const uint8_t *p, size_t n, uint64_t hash, llm__str shown) {
+    llm_token id = llm__vocab_find_hashed(t, p, n, hash);
     if (id == LLM__NONE)
         llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] needs \"%.*s\", which is not in %s", v->merges_name,
                   (unsigned long long)i, LLM__SHOW(shown), v->pieces_name);
     return id;
 }
 
-static void llm__bpe_find_merge(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, size_t i,
-                                llm__bpe_merge_bytes *m) {
-    llm__str left = v->merges[i].left, right = v->merges[i].right;
-    m->left = llm__bpe_merge_token(env, t, v, i, m->p, m->n_left, left);
-    m->right = llm__bpe_merge_token(env, t, v, i, m->p + m->n_left, m->n_right, right);
-    m->merged = llm__vocab_find(t, m->p, m->n_left + m->n_right);
+/* `next`: the token after that of the merge before, which mostly is the token that this merge makes. */
+static void llm__bpe_find_merge(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v,
+                                const llm__vocab_work *work, size_t i, llm_token next, llm__bpe_merge_bytes *m) {
+    llm__str left = v->merges[i].left, right = v->merges[i].right, piece = {NULL, 0};
+    const size_t n = m->n_left + m->n_right;
+    m->left = llm__bpe_merge_token(env, t, v, i, m->p, m->n_left, m->left_hash, left);
+    m->right = llm__bpe_merge_token(env, t, v, i, m->p + m->n_left, m->n_right, m->right_hash, right);
+    if (next < t->n_vocab && work->in_words[next]) piece = llm__vocab_piece(t, next);
+    m->merged = piece.n == n && !memcmp(piece.at, m->p, n) ? next : llm__vocab_find(t, m->p, n);
     if (m->merged == LLM__NONE)
         llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] makes \"%.*s%.*s\", which is not in %s", v->merges_name,
                   (unsigned long long)i, LLM__SHOW(left), LLM__SHOW(right), v->pieces_name);
-    __builtin_prefetch(&t->pairs[llm__bpe_pair_hash(m->left, m->right) & t->pair_mask], 1);
+    const uint64_t h = llm__bpe_pair_hash(m->left, m->right);
+    __builtin_prefetch(&t->pairs[h & t->pair_mask], 1);
+    __builtin_prefetch(&t->pair_filter[llm__bpe_pair_bit(t, h) / 8], 1);
 }
 
-static void llm__bpe_build_merges(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
+static void llm__bpe_build_merges(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v,
+                                  const llm__vocab_work *work) {
     llm__bpe_merge_bytes batch[LLM__BUILD_AHEAD];
+    llm_token next = 0;
     memset(batch, 0, sizeof batch);
     for (size_t first = 0; first < v->n_merges; first += LLM__BUILD_AHEAD) {
         size_t n = v->n_merges - first;
         if (n > LLM__BUILD_AHEAD) n = LLM__BUILD_AHEAD;
-        for (size_t i = 0; i < n; i++) llm__bpe_read_merge(env, t, v, first + i, &batch[i]);
-        for (size_t i = 0; i < n; i++) llm__bpe_find_merge(env, t, v, first + i, &batch[i]);
+        for (size_t i = 0; i < n; i++) llm__bpe_read_merge(env, t, v, work, first + i, &batch[i]);
+        for (size_t i = 0; i < n; i++) {
+            llm__bpe_find_merge(env, t, v, work, first + i, next, &batch[i]);
+            next = batch[i].merged + 1;
+        }
         for (size_t i = 0; i < n; i++)
             llm__bpe_add_pair(env, t, batch[i].left, batch[i].right, batch[i].merged, (uint32_t)(first + i));
     }
     t->n_ranks = (uint32_t)v->n_merges;
     for (size_t i = 0; i < LLM__BUILD_AHEAD; i++) llm__free(env->pool, batch[i].p);
 }
+
+LLM__SMALL_BEGIN
 
 typedef struct llm__bpe_scored {
     float score;
@@ -11240,6 +11372,7 @@ static void llm__tokenizer_parse_chat(llm__env *env, llm_tokenizer *t) {
 
 static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_source *v) {
     llm_tokenizer *t = (llm_tokenizer *)llm__alloc_zero(env, 1, sizeof *t);
+    llm__vocab_work work;
     if (v->n_pieces < 1 || v->n_pieces > LLM__MOST_TOKENS || v->n_merges > LLM__MOST_MERGES)
         llm__fail(env, LLM_ERROR_FORMAT, "%s has %llu entries, %s %llu", v->pieces_name,
                   (unsigned long long)v->n_pieces, v->merges_name, (unsigned long long)v->n_merges);
@@ -11260,10 +11393,15 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     if (v->chat_template.n) t->chat_template = llm__str_copy(env, v->chat_template.at, v->chat_template.n);
     llm__tokenizer_parse_chat(env, t);
     llm__pre_build_rules(env, t, v);
-    llm__vocab_build_pieces(env, t, v);
+    llm__vocab_map_codes(work.byte_of_code);
+    work.in_words = (uint8_t *)llm__alloc(env, v->n_pieces, 1);
+    work.adjacent = (uint8_t *)llm__alloc_zero(env, 256 * 256, 1);
+    llm__vocab_build_pieces(env, t, v, &work);
     llm__bpe_pairs_resize(env, t, llm__hash_slots(v->n_merges + v->n_merges / 2));
     if (v->scores) llm__bpe_build_scored(env, t, v);
-    else llm__bpe_build_merges(env, t, v);
+    else llm__bpe_build_merges(env, t, v, &work);
+    llm__free(env->pool, work.in_words);
+    llm__free(env->pool, work.adjacent);
     llm__bpe_build_byte_pairs(env, t);
     llm__bpe_find_cuts(t);
     llm__special_build(env, t, v, &t->raw, false);
@@ -11537,7 +11675,7 @@ static llm__bpe_merge_text llm__bpe_split_merge(llm__env *env, const char *name,
 static llm__bpe_merge_text *llm__gguf_merges(llm__env *env, const llm__checkpoint *ck, size_t *n) {
     llm__str *lines = llm__gguf_strings(env, ck, "tokenizer.ggml.merges", n);
     if (!lines) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.merges is missing");
-    llm__bpe_merge_text *merges = (llm__bpe_merge_text *)llm__alloc(env, *n, sizeof *merges);
+    llm__bpe_merge_text *merges = (llm__bpe_merge_text *)llm__alloc_table(env, *n, sizeof *merges);
     for (size_t i = 0; i < *n; i++) merges[i] = llm__bpe_split_merge(env, "tokenizer.ggml.merges", i, lines[i]);
     llm__free(env->pool, lines);
     return merges;
@@ -11694,39 +11832,119 @@ static void llm__vocab_put_added(llm__env *env, llm__vocab_parts *parts, const l
             (uint16_t)~LLM__NORMALIZED; /* such tokens must not be forged, so they are matched in the raw text */
 }
 
-static void llm__hftok_tokens(llm__env *env, const llm__json *root, const llm__json *vocab, bool byte_fallback,
+/* The members "vocab" and "merges" of the model, which are nearly all of the file. Of several with one name, the last
+   is kept. */
+typedef struct llm__hftok_token {
+    llm__str text;
+    llm_token id;
+} llm__hftok_token;
+
+typedef struct llm__hftok_lists {
+    llm__hftok_token *tokens;
+    llm__bpe_merge_text *merges;
+    size_t n_tokens, token_room, n_merges, merge_room;
+} llm__hftok_lists;
+
+/* Most entries of these lists take 32 bytes of the file or less. */
+static size_t llm__hftok_room(const llm__json_reader *r) { return (size_t)(r->end - r->at) / 32 + 1; }
+
+static void llm__hftok_read_vocab(llm__json_reader *r, llm__hftok_lists *lists, int depth) {
+    if (!lists->tokens) {
+        lists->token_room = llm__hftok_room(r);
+        lists->tokens = (llm__hftok_token *)llm__alloc_table(r->env, lists->token_room, sizeof *lists->tokens);
+    }
+    lists->n_tokens = 0;
+    r->at++;
+    for (bool more = llm__json_peek(r) != '}'; more; more = llm__json_peek(r) == ',' && r->at++) {
+        lists->tokens = (llm__hftok_token *)llm__alloc_grow(r->env, lists->tokens, lists->n_tokens, &lists->token_room,
+                                                            sizeof *lists->tokens);
+        llm__hftok_token *token = &lists->tokens[lists->n_tokens++];
+        llm__json id;
+        memset(&id, 0, sizeof id);
+        token->text = llm__json_string(r);
+        llm__json_expect(r, ':', "a colon is expected");
+        llm__json_read(r, &id, depth);
+        token->id = llm__json_id(r->env, &id, "token", token->text);
+    }
+    llm__json_expect(r, '}', "a comma or } is expected");
+}
+
+/* Reads ["left", "right"]. If something else is there, returns false and leaves the reader where it is. */
+static bool llm__hftok_read_pair(llm__json_reader *r, llm__bpe_merge_text *merge) {
+    const char *at = r->at++;
+    if (llm__json_peek(r) == '"') {
+        merge->left = llm__json_string(r);
+        if (llm__json_peek(r) == ',' && r->at++ && llm__json_peek(r) == '"') {
+            merge->right = llm__json_string(r);
+            if (llm__json_peek(r) == ']') return r->at++ != NULL;
+        }
+    }
+    r->at = at;
+    return false;
+}
+
+static llm__bpe_merge_text llm__hftok_read_merge(llm__json_reader *r, size_t i, int depth) {
+    llm__bpe_merge_text merge;
+    llm__json other;
+    const char first = llm__json_peek(r);
+    if (first == '[' && llm__hftok_read_pair(r, &merge)) return merge;
+    if (first == '"') return llm__bpe_split_merge(r->env, "merges", i, llm__json_string(r));
+    memset(&other, 0, sizeof other);
+    llm__json_read(r, &other, depth);
+    llm__fail(r->env, LLM_ERROR_FORMAT, "merges[%llu] is neither \"left right\" nor [\"left\", \"right\"]",
+              (unsigned long long)i);
+}
+
+static void llm__hftok_read_merges(llm__json_reader *r, llm__hftok_lists *lists, int depth) {
+    if (!lists->merges) {
+        lists->merge_room = llm__hftok_room(r);
+        lists->merges = (llm__bpe_merge_text *)llm__alloc_table(r->env, lists->merge_room, sizeof *lists->merges);
+    }
+    lists->n_merges = 0;
+    r->at++;
+    for (bool more = llm__json_peek(r) != ']'; more; more = llm__json_peek(r) == ',' && r->at++) {
+        lists->merges = (llm__bpe_merge_text *)llm__alloc_grow(r->env, lists->merges, lists->n_merges,
+                                                               &lists->merge_room, sizeof *lists->merges);
+        lists->merges[lists->n_merges] = llm__hftok_read_merge(r, lists->n_merges, depth);
+        lists->n_merges++;
+    }
+    llm__json_expect(r, ']', "a comma or ] is expected");
+}
+
+static bool llm__hftok_reads_member(llm__json_reader *r, const llm__json *object, llm__json *member, int depth) {
+    llm__hftok_lists *lists = (llm__hftok_lists *)r->user;
+    if (depth != 1 || !llm__str_is(object->key, "model")) return false;
+    const char open = llm__json_peek(r);
+    if (open == '{' && llm__str_is(member->key, "vocab")) {
+        member->type = LLM__JSON_OBJECT;
+        llm__hftok_read_vocab(r, lists, depth + 2);
+        return true;
+    }
+    if (open == '[' && llm__str_is(member->key, "merges")) {
+        member->type = LLM__JSON_ARRAY;
+        llm__hftok_read_merges(r, lists, depth + 2);
+        return true;
+    }
+    return false;
+}
+
+static void llm__hftok_tokens(llm__env *env, const llm__json *root, const llm__hftok_lists *lists, bool byte_fallback,
                               llm__vocab_parts *parts) {
     const llm__json *added = llm__json_get_type(env, root, "added_tokens", LLM__JSON_ARRAY);
-    size_t n_known = vocab->n + (added ? added->n : 0);
-    for (const llm__json *entry = vocab->first; entry; entry = entry->next) {
-        bool byte = byte_fallback && llm__vocab_byte_piece(entry->key) >= 0;
-        llm__vocab_put(env, parts, llm__json_id(env, entry, "token", entry->key), entry->key,
-                       byte ? LLM__TYPE_BYTE : LLM__TYPE_NORMAL, n_known);
+    size_t n_known = lists->n_tokens + (added ? added->n : 0);
+    llm_token last = LLM__NONE;
+    for (size_t i = 0; i < lists->n_tokens; i++) last = lists->tokens[i].id > last ? lists->tokens[i].id : last;
+    if (last != LLM__NONE) llm__vocab_reserve(env, parts, last, n_known);
+    for (size_t i = 0; i < lists->n_tokens; i++) {
+        const llm__hftok_token *token = &lists->tokens[i];
+        bool byte = byte_fallback && llm__vocab_byte_piece(token->text) >= 0;
+        llm__vocab_put(env, parts, token->id, token->text, byte ? LLM__TYPE_BYTE : LLM__TYPE_NORMAL, n_known);
     }
     for (const llm__json *entry = added ? added->first : NULL; entry; entry = entry->next) {
         llm__str text = llm__json_need(env, entry, "content", LLM__JSON_STRING)->string;
         const llm__json *id = llm__json_need(env, entry, "id", LLM__JSON_NUMBER);
         llm__vocab_put_added(env, parts, entry, llm__json_id(env, id, "added token", text), n_known);
     }
-}
-
-static llm__bpe_merge_text *llm__hftok_merges(llm__env *env, const llm__json *merges) {
-    llm__bpe_merge_text *pairs = (llm__bpe_merge_text *)llm__alloc(env, merges->n, sizeof *pairs);
-    size_t i = 0;
-    for (const llm__json *m = merges->first; m; m = m->next, i++) {
-        bool pair = m->type == LLM__JSON_ARRAY && m->n == 2 && m->first->type == LLM__JSON_STRING &&
-                    m->first->next->type == LLM__JSON_STRING;
-        if (!pair && m->type != LLM__JSON_STRING)
-            llm__fail(env, LLM_ERROR_FORMAT, "merges[%llu] is neither \"left right\" nor [\"left\", \"right\"]",
-                      (unsigned long long)i);
-        if (!pair) {
-            pairs[i] = llm__bpe_split_merge(env, "merges", i, m->string);
-            continue;
-        }
-        pairs[i].left = m->first->string;
-        pairs[i].right = m->first->next->string;
-    }
-    return pairs;
 }
 
 /* The id of the token with this text, or LLM__NONE. */
@@ -11736,7 +11954,8 @@ static llm_token llm__vocab_find_part(const llm__vocab_parts *parts, llm__str te
     return LLM__NONE;
 }
 
-static void llm__hftok_model(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
+static void llm__hftok_model(llm__env *env, const llm__json *root, const llm__hftok_lists *lists,
+                             llm__vocab_parts *parts, llm__vocab_source *v) {
     const llm__json *model = llm__json_need(env, root, "model", LLM__JSON_OBJECT),
                     *dropout = llm__json_get(model, "dropout");
     llm__str type = llm__json_get_str(env, model, "type"), unk = llm__json_get_str(env, model, "unk_token");
@@ -11749,11 +11968,11 @@ static void llm__hftok_model(llm__env *env, const llm__json *root, llm__vocab_pa
         llm__json_get_str(env, model, "end_of_word_suffix").n)
         llm__fail(env, LLM_ERROR_UNSUPPORTED,
                   "the model has a \"continuing_subword_prefix\" or an \"end_of_word_suffix\"");
-    const llm__json *vocab = llm__json_need(env, model, "vocab", LLM__JSON_OBJECT);
-    const llm__json *merges = llm__json_need(env, model, "merges", LLM__JSON_ARRAY);
-    llm__hftok_tokens(env, root, vocab, llm__json_get_bool(env, model, "byte_fallback", false), parts);
-    v->merges = llm__hftok_merges(env, merges);
-    v->n_merges = merges->n;
+    llm__json_need(env, model, "vocab", LLM__JSON_OBJECT);
+    llm__json_need(env, model, "merges", LLM__JSON_ARRAY);
+    llm__hftok_tokens(env, root, lists, llm__json_get_bool(env, model, "byte_fallback", false), parts);
+    v->merges = lists->merges;
+    v->n_merges = lists->n_merges;
     v->ignore_merges = llm__json_get_bool(env, model, "ignore_merges", false);
     v->fuse_unk = llm__json_get_bool(env, model, "fuse_unk", false);
     v->unk = unk.n ? llm__vocab_find_part(parts, unk) : LLM__NONE;
@@ -11922,7 +12141,13 @@ static void llm__hftok_post_processor(llm__env *env, const llm__json *p, llm__vo
     }
 }
 
-static void llm__hftok_read(llm__env *env, const llm__json *root, llm__vocab_parts *parts, llm__vocab_source *v) {
+static void llm__hftok_read(llm__env *env, const llm__file *file, llm__vocab_parts *parts, llm__vocab_source *v) {
+    llm__hftok_lists lists;
+    llm__json_reader reader = llm__json_open(env, file->data, (size_t)file->size);
+    memset(&lists, 0, sizeof lists);
+    reader.reads_member = llm__hftok_reads_member;
+    reader.user = &lists;
+    const llm__json *root = llm__json_read_all(&reader);
     const llm__json *normalizer = llm__json_get_type(env, root, "normalizer", LLM__JSON_OBJECT);
     const llm__json *pre = llm__json_get_type(env, root, "pre_tokenizer", LLM__JSON_OBJECT);
     const llm__json *post = llm__json_get_type(env, root, "post_processor", LLM__JSON_OBJECT);
@@ -11930,7 +12155,7 @@ static void llm__hftok_read(llm__env *env, const llm__json *root, llm__vocab_par
     bool bytes = false;
     v->pieces_name = "vocab";
     v->merges_name = "merges";
-    llm__hftok_model(env, root, parts, v);
+    llm__hftok_model(env, root, &lists, parts, v);
     if (normalizer) llm__hftok_normalizer(env, normalizer, v);
     if (pre) llm__hftok_pre_tokenizer(env, pre, v, &bytes);
     if (bytes == v->sentencepiece || (bytes && v->prefix == LLM__PREFIX_STRETCH))
@@ -12483,8 +12708,7 @@ static void llm__vocab_read_file(llm__env *env, const char *directory, const cha
         if (llm__tik_is(file)) llm__tik_read(env, file, llm__meta_vocab_size(env, directory), parts, v);
         else llm__proto_read(env, file, parts, v);
     } else {
-        const llm__json *root = llm__json_parse(env, file->data, (size_t)file->size);
-        llm__hftok_read(env, root, parts, v);
+        llm__hftok_read(env, file, parts, v);
     }
     v->n_pieces = parts->n;
     llm__hf_read_configs(env, directory, parts, v);
@@ -14991,21 +15215,6 @@ static void llm__cpu_close(void *model) {
     llm__pool_free(&pool);
 }
 
-/* Every token reads all weights and the cache. With pages of 2 MB, where the system has them, that takes fewer address
-   translations, and the system provides the memory faster. */
-enum { LLM__HUGE_PAGE = 1 << 21 };
-
-static void llm__cpu_use_huge_pages(void *block, size_t size) {
-#if defined(MADV_HUGEPAGE)
-    uintptr_t first = ((uintptr_t)block + LLM__HUGE_PAGE - 1) & ~(uintptr_t)(LLM__HUGE_PAGE - 1),
-              end = ((uintptr_t)block + size) & ~(uintptr_t)(LLM__HUGE_PAGE - 1);
-    if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE);
-#else
-    (void)block;
-    (void)size;
-#endif
-}
-
 /* The pool is stored inside the object it owns. It is copied there at the end, once the object is complete. */
 static void llm__cpu_open_body(llm__env *env, void *arg) {
     llm__cpu_open_args *args = (llm__cpu_open_args *)arg;
@@ -15026,7 +15235,7 @@ static void llm__cpu_open_body(llm__env *env, void *arg) {
     m->layers = (llm__cpu_layer *)llm__alloc_zero(env, (size_t)m->shape.n_layers, sizeof *m->layers);
     m->room = (uint8_t *)llm__alloc(env, (size_t)m->shape.weight_bytes, 1);
     m->end = m->room + m->shape.weight_bytes;
-    llm__cpu_use_huge_pages(m->room, (size_t)m->shape.weight_bytes);
+    llm__alloc_use_huge_pages(m->room, (size_t)m->shape.weight_bytes);
     m->team = llm__team_create(env, args->desc->n_threads, NULL, NULL);
     m->pool = *env->pool;
     *args->out = m;
@@ -17453,7 +17662,7 @@ static void llm__cpu_context_body(llm__env *env, void *arg) {
     size_t n_blocks = (size_t)c->desc.n_cache_blocks,
            block_bytes = (size_t)llm__cpu_block_bytes(s, c->desc.cache_dtype);
     c->cache = c->desc.share_cache ? lender->cache : (uint8_t *)llm__alloc(env, n_blocks, block_bytes);
-    if (!c->desc.share_cache) llm__cpu_use_huge_pages(c->cache, n_blocks * block_bytes);
+    if (!c->desc.share_cache) llm__alloc_use_huge_pages(c->cache, n_blocks * block_bytes);
     llm__cpu_buffers buffers = {env, 0};
     llm__cpu_scratch_create(&buffers, c, s, &z, !args->model->is_last_stage);
     for (int i = 0; i < c->desc.n_batch; i++) c->all_rows[i] = i;

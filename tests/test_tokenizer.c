@@ -266,6 +266,27 @@ static void unicode_body(llm__env *env, void *arg) {
     }
 }
 
+/* A piece that words cannot contain may have the bytes of one that they can. A merge makes the latter, also if the ids
+   are in order. */
+static void test_piece_as_written(void **state) {
+    static const char *const pieces[] = {"\xC3\xA6",         "\xC4\xB9",     "\xC2\xA5",
+                                         "\xC3\xA6\xC4\xB9", "\xE6\x97\xA5", "\xC3\xA6\xC4\xB9\xC2\xA5"};
+    static const char *const merges[] = {"\xC3\xA6", "\xC4\xB9", "\xC3\xA6\xC4\xB9", "\xC2\xA5"};
+    (void)state;
+    vocabulary v;
+    memset(&v, 0, sizeof v);
+    v.n = 6;
+    v.n_merges = 2;
+    v.pieces = pieces;
+    v.merges = merges;
+    v.bos = v.eos = v.unk = -1;
+    llm_tokenizer *t = build(&v);
+    check_ids(t, "\xE6\x97\xA5", 0, "5");
+    const llm_token ids[] = {4, 5};
+    check_text(t, ids, 2, 0, "\xE6\x97\xA5\xE6\x97\xA5");
+    llm_tokenizer_free(t);
+}
+
 static void test_unicode(void **state) {
     (void)state;
     json_t *golden = json_load_file(golden_path("unicode.json"), 0, NULL);
@@ -972,11 +993,14 @@ static void test_time(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sentencepiece), cmocka_unit_test(test_no_byte_tokens), cmocka_unit_test(test_byte_level),
-        cmocka_unit_test(test_unicode),       cmocka_unit_test(test_golden),         cmocka_unit_test(test_tokens),
-        cmocka_unit_test(test_buffers),       cmocka_unit_test(test_invalid),        cmocka_unit_test(test_stream),
-        cmocka_unit_test(test_hostile),       cmocka_unit_test(test_hostile_gguf),   cmocka_unit_test(test_allocation),
-        cmocka_unit_test(test_words),         cmocka_unit_test(test_threads),        cmocka_unit_test(test_time),
+        cmocka_unit_test(test_sentencepiece), cmocka_unit_test(test_no_byte_tokens),
+        cmocka_unit_test(test_byte_level),    cmocka_unit_test(test_piece_as_written),
+        cmocka_unit_test(test_unicode),       cmocka_unit_test(test_golden),
+        cmocka_unit_test(test_tokens),        cmocka_unit_test(test_buffers),
+        cmocka_unit_test(test_invalid),       cmocka_unit_test(test_stream),
+        cmocka_unit_test(test_hostile),       cmocka_unit_test(test_hostile_gguf),
+        cmocka_unit_test(test_allocation),    cmocka_unit_test(test_words),
+        cmocka_unit_test(test_threads),       cmocka_unit_test(test_time),
     };
     if (SANITIZED) cmocka_set_skip_filter("test_time");
     if (THREAD_SANITIZED) cmocka_set_test_filter("test_threads");

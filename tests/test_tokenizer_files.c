@@ -10,6 +10,7 @@
 #include <jansson.h>
 
 #include "tests/common.h"
+#include "tests/small.h"
 
 enum { MAX_IDS = 4096 };
 
@@ -240,6 +241,80 @@ static void test_added_to_model(void **state) {
     llm_tokenizer_free(t);
 }
 
+/* Writes SMALL with `to` in place of `from`. */
+static void write_small(const char *from, const char *to) {
+    char text[2048];
+    const char *at = strstr(SMALL, from);
+    if (!at) fail_msg("%s is missing", from);
+    snprintf(text, sizeof text, "%.*s%s%s", (int)(at - SMALL), SMALL, to, at + strlen(from));
+    write_text("tokenizer.json", text);
+}
+
+/* The lists of pieces and merges are read apart from the rest of the file. */
+static void test_lists(void **state) {
+    static const char *const same[][2] = {
+        {"[\"a b\"]", "[[\"a\",\"b\"]]"},
+        {"[\"a b\"]", " [ [ \"\\u0061\" , \"b\" ]\n] "},
+        {"[\"a b\"]", "[\"b b\"],\"merges\":[\"\\u0061 b\"]"},
+        {"{\"a\":0,\"b\":1,\"ab\":2}", "{\"ab\":5,\"x\":9},\"vocab\":{ \"a\" : 0e0 , \"b\":1,\"a\\u0062\":2.0 }"},
+        {"\"model\"", "\"x\":{\"model\":{\"vocab\":{\"a\":null},\"merges\":[7]}},\"vocab\":[],\"model\""},
+        {"\"model\"", "\"model\":{\"vocab\":{\"q\":0},\"merges\":[]},\"model\""},
+        {"\"type\":\"BPE\"", "\"merges\":[\"a b\"],\"merges\":{},\"type\":\"BPE\""}};
+    (void)state;
+    for (size_t i = 0; i < sizeof same / sizeof *same; i++) {
+        remove_files();
+        write_small(same[i][0], same[i][1]);
+        llm_tokenizer *t = load(directory);
+        assert_int_equal(llm_tokenizer_n_vocab(t), 5);
+        check_ids(t, "abba", 0, "2 1 0");
+        llm_tokenizer_free(t);
+    }
+    remove_files();
+    write_small("[\"a b\"]", "[]");
+    llm_tokenizer *t = load(directory);
+    check_ids(t, "ab", 0, "0 1");
+    llm_tokenizer_free(t);
+}
+
+static void parse_body(llm__env *env, void *arg) {
+    llm__str *s = (llm__str *)arg;
+    const llm__json *v = llm__json_parse(env, s->at, s->n);
+    assert_int_equal(v->type, LLM__JSON_STRING);
+    char *copy = llm__str_copy(env, v->string.at, v->string.n);
+    s->at = copy;
+    s->n = v->string.n;
+}
+
+/* Strings are read 8 bytes at a time: every byte, at every place. */
+static void test_json_strings(void **state) {
+    (void)state;
+    for (int n_before = 0; n_before < 12; n_before++)
+        for (int n_after = 0; n_after < 10; n_after++)
+            for (int byte = 1; byte < 256; byte++) {
+                char text[64], expected[64], escape[8] = {(char)byte, 0};
+                const char *meant = byte == '"' ? "" : escape;
+                bool escaped = byte == '\\';
+                llm_error err;
+                llm__pool pool;
+                if (escaped) snprintf(escape, sizeof escape, "\\u00e9"), meant = "\xC3\xA9";
+                snprintf(expected, sizeof expected, "%.*s%s%.*s", n_before, "0123456789\xFF\x80", meant,
+                         byte == '"' ? 0 : n_after, "\xC3\xA4\x7F abc defg");
+                int n = snprintf(text, sizeof text, "\"%.*s%s%.*s\"", n_before, "0123456789\xFF\x80", escape, n_after,
+                                 "\xC3\xA4\x7F abc defg");
+                llm__str s = {text, (size_t)n};
+                llm_status status = guarded(&pool, NULL, parse_body, &s, &err);
+                bool refused = byte < 0x20 || byte == '"';
+                if ((status != LLM_OK) != refused) fail_msg("byte %d after %d is %d: %s", byte, n_before, status, text);
+                if (refused)
+                    assert_non_null(strstr(err.message, byte < 0x20 ? "a control character" : "unexpected text"));
+                if (!refused) {
+                    assert_int_equal(s.n, strlen(expected));
+                    assert_memory_equal(s.at, expected, s.n);
+                }
+                llm__pool_free(&pool);
+            }
+}
+
 /* ---- Hostile files ---- */
 
 /* Replaces `from` in SMALL by `to` and writes the result to the file `name`; from == NULL: writes only `to`. It must be
@@ -282,7 +357,14 @@ static void test_hostile_json(void **state) {
         {"\"a b\"", "\"ab\"", "merges[0] is \"ab\", not two pieces"},
         {"\"a b\"", "[\"a\"]", "merges[0] is neither"},
         {"\"a b\"", "[\"a\",1]", "merges[0] is neither"},
+        {"\"a b\"", "[\"a\",\"b\",\"c\"]", "merges[0] is neither"},
+        {"\"a b\"", "\"a b\",7", "merges[1] is neither"},
+        {"\"a b\"", "\"a b\" \"b a\"", "a comma or ] is expected"},
+        {"\"ab\":2", "\"ab\":02", "a value is expected"},
+        {"\"ab\":2", "\"ab\":2,", "a string is expected"},
         {"[\"a b\"]", "{}", "merges is an object, not an array"},
+        {"{\"a\":0,\"b\":1,\"ab\":2}", "[\"a\",\"b\"]", "vocab is an array, not an object"},
+        {"[\"a b\"]", "[\"a b\"],\"merges\":null", "merges is missing"},
         {"\"vocab\"", "\"vocabulary\"", "vocab is missing"},
         {"\"model\"", "\"mod\"", "model is missing"},
         {"\"id\":3", "\"id\":0", "\"a\" and \"<s>\" both have the id 0"},
@@ -518,6 +600,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_golden),        cmocka_unit_test(test_beside),
         cmocka_unit_test(test_tokens_beside), cmocka_unit_test(test_added_to_model),
+        cmocka_unit_test(test_lists),         cmocka_unit_test(test_json_strings),
         cmocka_unit_test(test_hostile_json),  cmocka_unit_test(test_shaken),
         cmocka_unit_test(test_hostile_model), cmocka_unit_test(test_special_tokens_of_llama_3),
         cmocka_unit_test(test_hostile_ranks), cmocka_unit_test(test_allocation),
