@@ -1156,6 +1156,7 @@ typedef struct process_job {
         const char *ways;            /* value of LLM_CUDA_RANKS; NULL: not set                            */
         int version;                 /* version of NCCL; 0: the test's NCCL is not loaded                 */
         bool refuses, fails, shares; /* NCCL does not start; NCCL fails later; uses the first rank's GPU  */
+        bool breaks;                 /* a CUDA call fails while NCCL connects the ranks                   */
         int n_reduced, n_gathered;   /* number of operations by NCCL                                      */
         llm_status status;
         char message[500];
@@ -1174,6 +1175,7 @@ static nccl_host_settings *load_nccl(const process_job *p, int rank) {
     settings->refuses_start = r.refuses;
     settings->fail_at = r.fails ? 50 : 0;
     settings->n_busy = 3;
+    if (r.breaks) settings->on_queued = [] { cuda_host.fail_at = 1; };
     return settings;
 }
 
@@ -1468,6 +1470,9 @@ static void test_nccl_refusals(void **state) {
     p = make();
     p->ranks[0].refuses = true;
     refused(p, LLM_ERROR_UNSUPPORTED, "NCCL does not start: a system error");
+    p = make();
+    p->ranks[1].breaks = true;
+    refused(p, LLM_ERROR_UNSUPPORTED, "NCCL does not start: a failure");
     p = make();
     p->ranks[1].shares = true;
     refused(p, LLM_ERROR_UNSUPPORTED, "NCCL needs a GPU for each rank");

@@ -142,6 +142,8 @@ int queue(ncclComm *c) {
         if (cuda_host_queue_work(o.stream, run, new operation(o), forget)) result = CUDA_ERROR;
     }
     c->operations.clear();
+    if (nccl_host.on_queued) nccl_host.on_queued();
+    nccl_host.on_queued = nullptr;
     return result;
 }
 

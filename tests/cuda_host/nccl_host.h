@@ -9,6 +9,7 @@ struct nccl_host_settings {
     bool refuses_start = false;
     int fail_at = 0;                   /* reports an error after this many operations; 0: never */
     int n_busy = 0;                    /* polls to be answered with "in progress" while NCCL is idle */
+    void (*on_queued)() = nullptr;     /* called once, after operations were queued on the stream */
     int n_reduced = 0, n_gathered = 0; /* operations completed                                  */
     int n_live = 0;                    /* communicators neither destroyed nor aborted           */
 };
