@@ -450,7 +450,7 @@ LLM_API const char *llm_status_name(llm_status status);
    llm_stream_free and the getters; all other functions fail with LLM_ERROR_ARGUMENT. It should return. If a C++
    exception or a longjmp leaves it instead, the next call on the context ends the interrupted call and frees its
    memory, and drops from the sequences all tokens that were not final. A model or context that was being loaded or
-   created is lost, with its memory. So is the context of llm_calibrate, with its threads. */
+   created is lost, with its memory. llm_calibrate frees its context after an exception, but not after a longjmp. */
 typedef struct llm_host {
     void *(*alloc)(void *user, size_t size);   /* returns NULL if there is no memory                            */
     void (*free)(void *user, void *ptr);       /* ptr is never NULL                                             */
@@ -3422,7 +3422,8 @@ static llm__encode_fn *llm__encode_find(uint32_t type) {
    h (w - w')^2, if the inputs are independent. So the numbers q, scale and minimum of each block are searched for that
    make this sum small. Some ranges of the weights are tried. For each, the weights are rounded; then the best scale and
    minimum for these q follow from linear equations; then the weights are rounded again. The best try is refined by
-   repeating this. The block that is made without importance is kept if it is not worse. */
+   repeating this. The block that is made without importance is kept if it is not worse. In a block of 256, a group in
+   which no weight counts is rounded as if all counted alike, so that it does not become 0. */
 
 /* A group of 16 or 32 weights: x is about scale * q + minimum with q from `least` to `most`. */
 typedef struct llm__weigh_group {
@@ -3682,17 +3683,22 @@ static void llm__weigh_k_search(llm__weigh_k *k) {
 static void llm__weigh_k_block(llm__file_type type, const float *x, const float *h, uint8_t *to) {
     const bool is_signed = type == LLM__Q6_K;
     const int n = is_signed ? 16 : 32;
+    const float low = 1e-12f;
+    float even[32]; /* the importances of a group in which none is above `low` */
     llm__weigh_k k;
     uint8_t scales[16], minimums[16], q[256];
     int8_t signed_scales[16], signed_q[256];
     memset(&k, 0, sizeof k);
+    for (int i = 0; i < 32; i++) even[i] = low;
     k.n_groups = 256 / n;
     k.least_scale = is_signed ? -128 : 0;
     k.most_scale = is_signed ? 127 : 63;
     for (int j = 0; j < k.n_groups; j++) {
         llm__weigh_group *g = &k.groups[j];
         g->x = x + j * n;
-        g->h = h + j * n;
+        g->h = even;
+        for (int i = 0; i < n; i++)
+            if (h[j * n + i] > low) g->h = h + j * n;
         g->n = n;
         g->least = is_signed ? -32.0f : 0.0f;
         g->most = type == LLM__Q4_K ? 15.0f : 31.0f;
@@ -20946,8 +20952,15 @@ typedef struct llm__calibration {
     llm_calibrate_desc desc;
     llm_importance *made;
     llm_context *ctx; /* freed with or without success */
+    llm__pool pool;   /* given to `made` after a success */
     size_t n_pieces, n_done;
 } llm__calibration;
+
+/* Runs when llm_calibrate returns, and when an exception of C++ passes through it. */
+static void llm__calibrate_end(llm__calibration *c) {
+    llm_context_free(c->ctx); /* first, as its threads may still write to `made` */
+    llm__pool_free(&c->pool);
+}
 
 static bool llm__calibrate_cancel(void *user) {
     const llm__calibration *c = (const llm__calibration *)user;
@@ -20979,10 +20992,6 @@ static void llm__calibrate_run(llm__env *env, llm__calibration *c, const llm_tok
     const bool has_bos = t->add_bos && t->bos != LLM__NONE;
     const size_t piece = (size_t)c->ctx->desc.n_ctx, step = piece - has_bos;
     llm_token *ids = (llm_token *)llm__alloc(env, piece, sizeof *ids);
-    if (n < step)
-        llm__fail(env, LLM_ERROR_ARGUMENT,
-                  "the text to calibrate with is too short: it has %llu tokens, a piece needs %llu (n_ctx)",
-                  (unsigned long long)n, (unsigned long long)step);
     c->n_pieces = (n + step - 1) / step;
     c->ctx->squares = c->made->squares;
     for (size_t first = 0; first < n; first += step, c->n_done++) {
@@ -20995,6 +21004,8 @@ static void llm__calibrate_run(llm__env *env, llm__calibration *c, const llm_tok
         llm__cache_truncate(&c->ctx->cache, 0, 0);
         c->made->n_tokens += batch.n_tokens;
     }
+    if (c->desc.host.progress && llm__calibrate_cancel(c))
+        llm__fail(env, LLM_ERROR_CANCELLED, "the calibration was cancelled");
 }
 
 static void llm__calibrate_body(llm__env *env, void *arg) {
@@ -21020,6 +21031,11 @@ static void llm__calibrate_body(llm__env *env, void *arg) {
     memset(&desc, 0, sizeof desc);
     desc.n_ctx = c->desc.n_ctx ? c->desc.n_ctx : model->info.n_ctx_train < 512 ? model->info.n_ctx_train : 512;
     if (desc.n_ctx < 2) llm__fail(env, LLM_ERROR_UNSUPPORTED, "a model for one token at a time cannot read a text");
+    const size_t step = (size_t)desc.n_ctx - (model->tokenizer->add_bos && model->tokenizer->bos != LLM__NONE);
+    if (n_tokens < step)
+        llm__fail(env, LLM_ERROR_ARGUMENT,
+                  "the text to calibrate with is too short: it has %llu tokens, a piece needs %llu (n_ctx)",
+                  (unsigned long long)n_tokens, (unsigned long long)step);
     desc.n_batch = desc.n_ctx < 512 ? desc.n_ctx : 512;
     desc.n_threads = c->desc.n_threads;
     desc.host = c->desc.host;
@@ -21033,17 +21049,15 @@ static void llm__calibrate_body(llm__env *env, void *arg) {
     llm__pool *inner = env->pool;
     env->pool = outer;
     llm__free(outer, inner);
-    m->pool = *outer;
 }
 
 LLM_API llm_status llm_calibrate(llm_importance **out, const llm_model *model, const char *text, size_t n_bytes,
                                  const llm_calibrate_desc *desc, llm_error *err) {
-    llm__calibration c;
-    llm__pool pool;
+    llm__calibration c __attribute__((cleanup(llm__calibrate_end)));
     llm__env env;
+    memset(&c, 0, sizeof c);
     if (out) *out = NULL;
     if (!out || !model || (n_bytes && !text)) return llm__error(err, LLM_ERROR_ARGUMENT, "out, model or text is NULL");
-    memset(&c, 0, sizeof c);
     c.model = model;
     c.text = text;
     c.n_bytes = n_bytes;
@@ -21055,12 +21069,14 @@ LLM_API llm_status llm_calibrate(llm_importance **out, const llm_model *model, c
     if (c.desc.n_ctx < 0 || c.desc.n_ctx == 1 || c.desc.n_threads < 0)
         return llm__error(err, LLM_ERROR_ARGUMENT, "n_ctx is %d, n_threads %d; pieces have 2 tokens or more",
                           c.desc.n_ctx, c.desc.n_threads);
-    llm__pool_init(&pool, h);
-    llm__env_init(&env, &pool, err, NULL);
+    llm__pool_init(&c.pool, h);
+    llm__env_init(&env, &c.pool, err, NULL);
     status = llm__env_run(&env, llm__calibrate_body, &c);
-    llm_context_free(c.ctx);
-    if (status) llm__pool_free(&pool);
-    else *out = c.made;
+    if (!status) {
+        *out = c.made;
+        c.made->pool = c.pool;
+        memset(&c.pool, 0, sizeof c.pool);
+    }
     return llm__error_done(err, status);
 }
 

@@ -20,6 +20,7 @@
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -76,18 +77,40 @@ static llm_status calibrate(llm_importance **out, const char *from, const char *
     return status;
 }
 
+/* OUT must not exist. The library checks that, too, but only when the calibration is over. */
+static llm_status check_absent(const char *to, llm_error *err) {
+    FILE *file = fopen(to, "rb"); /* which on some systems also opens a directory */
+    const bool exists = file || errno != ENOENT;
+    if (file) fclose(file);
+    return exists ? explain(err, LLM_ERROR_IO, "this exists already, and is not replaced", to) : LLM_OK;
+}
+
 static llm_status prune(const char *from, const char *to, llm_dtype dtype, const char *text, llm_error *err) {
-    llm_importance *importance;
-    llm_status status = calibrate(&importance, from, text, err);
+    llm_importance *importance = NULL;
+    llm_status status = text ? check_absent(to, err) : LLM_OK;
+    if (!status) status = calibrate(&importance, from, text, err);
     if (!status) status = llm_prune_directory(from, to, dtype, importance, NULL, err);
     llm_importance_free(importance);
     return status;
 }
 
+static bool stop(void *user, float done) {
+    (void)user, (void)done;
+    return false;
+}
+
 static llm_status write_gguf(const char *from, const char *to, const char *type, const char *text, llm_error *err) {
-    llm_importance *importance;
-    llm_status status = calibrate(&importance, from, text, err);
-    llm_quantize_desc desc = {.type = type, .importance = importance};
+    llm_quantize_desc desc = {.type = type};
+    llm_importance *importance = NULL;
+    llm_status status = LLM_OK;
+    if (text) { /* before a calibration of minutes: is anything wrong with OUT or TYPE? */
+        desc.host.progress = stop;
+        status = llm_quantize_gguf(from, to, &desc, err);
+        if (status == LLM_ERROR_CANCELLED) status = LLM_OK;
+        desc.host.progress = NULL;
+    }
+    if (!status) status = calibrate(&importance, from, text, err);
+    desc.importance = importance;
     if (!status) status = llm_quantize_gguf(from, to, &desc, err);
     llm_importance_free(importance);
     return status;

@@ -1,12 +1,14 @@
 // Callbacks that leave llm_generate by a C++ exception: from each poll of `cancel`, while other threads wait, and from
 // each piece of text. The next call must give the usual text. The same holds for llm_step, where the other stream must
 // continue. If an exception leaves one of two ranks, the other rank and the next call of this one must get an error
-// that says so.
+// that says so. llm_calibrate frees all memory when its callback leaves by an exception.
 // For tests/test_builds.sh:  exceptions MODEL
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
+#include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -132,6 +134,56 @@ static bool throws_on_a_rank(const char *file) {
     return true;
 }
 
+// Counts the blocks that are not freed yet.
+static void *allocate(void *user, size_t size) {
+    ++*static_cast<std::atomic<int> *>(user);
+    return std::malloc(size);
+}
+
+static void release(void *user, void *ptr) {
+    --*static_cast<std::atomic<int> *>(user);
+    std::free(ptr);
+}
+
+static int calls_left;
+
+static bool on_progress(void *, float) {
+    if (!--calls_left) throw std::runtime_error("the host has enough");
+    return true;
+}
+
+static bool calibration_is_freed(const llm_model *model) {
+    const std::string text = "a b a b b a a b a b a b b a a b a b a b b a a b";
+    std::atomic<int> n_blocks(0);
+    for (int last = 1, thrown = 1; thrown; last++) {
+        llm_calibrate_desc desc = {};
+        llm_importance *made = nullptr;
+        llm_error err;
+        desc.n_ctx = 8;
+        desc.n_threads = 3;
+        desc.host.alloc = allocate;
+        desc.host.free = release;
+        desc.host.progress = on_progress;
+        desc.host.user = &n_blocks;
+        calls_left = last;
+        thrown = 0;
+        try {
+            if (llm_calibrate(&made, model, text.data(), text.size(), &desc, &err)) {
+                std::puts(err.message);
+                return false;
+            }
+        } catch (const std::runtime_error &) {
+            thrown = 1;
+        }
+        llm_importance_free(made);
+        if (n_blocks || (last == 1 && !thrown)) {
+            std::printf("exception %d out of llm_calibrate leaves %d blocks\n", last, n_blocks.load());
+            return false;
+        }
+    }
+    return true;
+}
+
 int main(int, char **argv) {
     llm_model_desc model_desc = {};
     llm_context_desc context_desc = {};
@@ -193,7 +245,8 @@ int main(int, char **argv) {
             return 1;
         }
     llm_context_free(ctx);
+    const bool freed = calibration_is_freed(model);
     llm_model_free(model);
     std::printf("%d exceptions\n", n_thrown);
-    return n_thrown < 10 || !throws_on_a_rank(argv[1]);
+    return n_thrown < 10 || !freed || !throws_on_a_rank(argv[1]);
 }

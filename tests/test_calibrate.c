@@ -180,6 +180,8 @@ static void test_same_bits(void **state) {
 
 /* ---- Texts ---- */
 
+static int64_t peak_of_refusal; /* bytes */
+
 static void refuses(const llm_model *model, const char *text, size_t n, int n_ctx, llm_status expected,
                     const char *words) {
     heap h = {0};
@@ -191,6 +193,7 @@ static void refuses(const llm_model *model, const char *text, size_t n, int n_ct
     assert_explained(expected, &err);
     if (!strstr(err.message, words)) fail_msg("\"%s\" does not say \"%s\"", err.message, words);
     assert_all_returned(&h);
+    peak_of_refusal = h.peak;
 }
 
 static void test_refused_texts(void **state) {
@@ -201,12 +204,13 @@ static void test_refused_texts(void **state) {
     refuses(model, NULL, 5, 0, LLM_ERROR_ARGUMENT, "text is NULL");
     refuses(model, "too few", 7, 0, LLM_ERROR_ARGUMENT, "is too short: it has 7 tokens, a piece needs 512");
     refuses(model, "too few", 7, 8, LLM_ERROR_ARGUMENT, "is too short: it has 7 tokens, a piece needs 8");
+    assert_true(peak_of_refusal < 64 << 10); /* no context was made */
     refuses(model, "a\0text", 6, 2, LLM_ERROR_ARGUMENT, "is not UTF-8: byte 1 is 0x00");
     refuses(model, "abc\xFF", 4, 2, LLM_ERROR_ARGUMENT, "is not UTF-8: byte 3 is 0xFF");
     refuses(model, "abcd\xC3", 5, 2, LLM_ERROR_ARGUMENT, "is not UTF-8: byte 4 is 0xC3");
     refuses(model, golden_text, 100, 1, LLM_ERROR_ARGUMENT, "n_ctx is 1");
     refuses(model, golden_text, 100, -1, LLM_ERROR_ARGUMENT, "n_ctx is -1");
-    refuses(model, golden_text, 100, 1 << 30, LLM_ERROR_ARGUMENT, "n_ctx is 1073741824");
+    refuses(model, golden_text, 100, 1 << 30, LLM_ERROR_ARGUMENT, "it has 100 tokens, a piece needs 1073741824");
     refuses(NULL, golden_text, 100, 0, LLM_ERROR_ARGUMENT, "model or text is NULL");
     assert_int_equal(llm_calibrate(NULL, model, golden_text, 100, NULL, NULL), LLM_ERROR_ARGUMENT);
     llm_model_free(model);
@@ -252,6 +256,7 @@ static void test_cancelled(void **state) {
     desc.host.progress = count_progress;
     assert_int_equal(llm_calibrate(&made, model, golden_text, 200, &desc, &err), LLM_OK);
     llm_importance_free(made);
+    assert_true(s.last == 1);
     const int n_calls = s.n_calls;
     assert_true(n_calls >= 5);
     for (int i = 1; i <= n_calls; i++) {
@@ -446,6 +451,38 @@ static void test_blocks_without(void **state) {
     }
 }
 
+/* A group of a block of 256 whose importance is zero is rounded about as well as without importance. */
+static void test_groups_without(void **state) {
+    static const char *const types[] = {"Q4_K", "Q5_K", "Q6_K"};
+    (void)state;
+    for (size_t k = 0; k < sizeof types / sizeof *types; k++) {
+        const llm__file_type_info *type = NULL;
+        for (size_t i = 0; i < sizeof llm__gguf_recipes / sizeof *llm__gguf_recipes; i++)
+            if (!strcmp(llm__gguf_recipes[i].name, types[k])) type = llm__file_type_find(llm__gguf_recipes[i].type);
+        for (int scale = 0; scale < 3; scale++) {
+            float x[256], h[256];
+            uint8_t plain[256], made[256];
+            for (int i = 0; i < 256; i++) {
+                x[i] = (float)(i * 37 % 101 - 50) * (i / 32 == 3 ? (float[]){0.1f, 1, 4}[scale] : 1);
+                h[i] = i / 32 == 3 ? 0 : (float)(1 + i % 7) / 7;
+            }
+            llm__weigh_row(type, x, NULL, 256, plain);
+            llm__weigh_row(type, x, h, 256, made);
+            assert_memory_not_equal(plain, made, type->block_bytes);
+            const double before = weighted_error(type, x, h, plain, 256), after = weighted_error(type, x, h, made, 256);
+            assert_true(after <= before);
+            float read[2][256];
+            double errors[2] = {0, 0};
+            type->decode(plain, 256, read[0]);
+            type->decode(made, 256, read[1]);
+            for (int v = 0; v < 2; v++)
+                for (int i = 96; i < 128; i++) errors[v] += pow((double)read[v][i] - (double)x[i], 2);
+            print_message("%s: error of the group %.4g, without importance %.4g\n", types[k], errors[1], errors[0]);
+            assert_true(errors[1] <= 2 * errors[0]);
+        }
+    }
+}
+
 static llm_status to_gguf(const tiny_spec *spec, const char *to, const char *type, const llm_importance *importance,
                           int n_threads, llm_error *err) {
     llm_quantize_desc desc = {.type = type, .n_threads = n_threads, .importance = importance};
@@ -602,6 +639,7 @@ int main(void) {
         cmocka_unit_test(test_pruned_by_magnitude),
         cmocka_unit_test(test_blocks),
         cmocka_unit_test(test_blocks_without),
+        cmocka_unit_test(test_groups_without),
         cmocka_unit_test(test_files),
         cmocka_unit_test(test_other_models),
     };

@@ -1,12 +1,14 @@
 #!/bin/sh
-# hello.c, loop.c, extract.c and embed.cpp give answers and explain errors.
+# hello.c, loop.c, extract.c and embed.cpp give answers and explain errors. quantize.c explains them before it calibrates.
 . tests/tap.sh
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+folder=$(mktemp -d)
+trap 'rm -rf "$log" "$folder"' EXIT
 hello=$(dirname "$0")/hello
 loop=$(dirname "$0")/loop
 extract=$(dirname "$0")/extract
 embed=$(dirname "$0")/embed
+quantize=$(dirname "$0")/quantize
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 
 says() { "$@" >"$log" 2>/dev/null && grep -q . "$log"; }
@@ -26,4 +28,22 @@ check "extract fills a struct" says_a_person
 check "extract explains a missing model" fails_saying absent.gguf "$extract" absent.gguf
 check "embed answers a question" says "$embed" "$model" "What is the capital of France?"
 check "embed explains a missing model" fails_saying absent.gguf "$embed" absent.gguf
+
+# The text is long enough, so only a check before the calibration prevents it.
+fails_before_calibrating() {
+    word=$1
+    shift
+    ! "$quantize" "$@" >"$log" 2>"$log.err" && ! grep -q calibrated "$log" && grep -q "$word" "$log.err"
+    failed=$?
+    rm -f "$log.err"
+    return $failed
+}
+awk 'BEGIN { for (i = 0; i < 100; i++) print "a b a b b a a b" }' >"$folder/text"
+gguf=tests/golden/hf/gqa.gguf
+mkdir "$folder/there"
+check "quantize checks the type first" fails_before_calibrating Q9_K --calibrate "$folder/text" $gguf "$folder/out.gguf" Q9_K
+check "quantize checks the file first" fails_before_calibrating exists --calibrate "$folder/text" $gguf "$folder/text" Q8_0
+check "quantize checks the directory first" fails_before_calibrating exists --sparse 2:4 --calibrate "$folder/text" tests/golden/sparse/dense "$folder/there"
+calibrates() { "$quantize" --calibrate "$folder/text" $gguf "$folder/out.gguf" Q8_0 >"$log" 2>&1 && grep -q calibrated "$log" && [ -s "$folder/out.gguf" ]; }
+check "quantize calibrates" calibrates
 finish
