@@ -869,7 +869,7 @@ static void set_devices(int) {}                        /* ranks share the existi
 typedef struct findings {
     uint64_t logits[7], saved; /* hashes of the logits after each of seven passes, and of the saved sequence */
     double scores[5];
-    llm_token texts[2][24];
+    llm_token texts[3][24];
     llm_status cancelled, refused;
     int n_passes;
 } findings;
@@ -936,7 +936,18 @@ static bool keep_token(void *user, llm_token token, const char *, size_t) {
 
 static bool always(void *) { return true; }
 
-/* Runs long and short passes, two texts, saving and restoring, scoring, and cancelling. */
+static int n_guesses; /* atomic: guesses that ranks of this process checked; how many depends on measured times */
+
+/* A draft that guesses three tokens right, then one wrong, and so on. */
+static llm_status guess(void *user, const llm_draft_request *request, llm_draft_guesses *guesses, llm_error *) {
+    const llm_token *text = (const llm_token *)user; /* the length, then the tokens of the text without a draft */
+    int at = request->n_tokens - request->answer_begin;
+    for (int i = 0; i < request->n_wanted[0] && at + i < text[0]; i++)
+        guesses->tokens[guesses->n++] = (text[1 + at + i] + (at + i) % 4 / 3) % N_VOCAB;
+    return LLM_OK;
+}
+
+/* Runs long and short passes, three texts, one of them with a draft, saving and restoring, scoring, and cancelling. */
 static void run_rank(ranked_job *job, int rank) {
     static const llm_token words[20] = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4};
     static const llm_token *const endings[] = {words, words + 3, words + 7, words + 9, words + 11};
@@ -960,9 +971,18 @@ static void run_rank(ranked_job *job, int rank) {
     for (uint8_t byte : buffer) f->saved = (f->saved ^ byte) * 0x100000001B3u;
     RANK_CHECK(llm_seq_restore(ctx, 1, buffer.data(), size, &err) == LLM_OK, err.message);
     add_logits(ctx, f, 3, 1);
-    for (int i = 0; i < 2; i++) {
-        llm_sampler sampler = SAMPLERS[2 * i];
+    llm_draft draft = {};
+    draft.name = "test";
+    draft.propose = guess;
+    draft.user = f->texts[1];
+    for (int kind = 0; kind < LLM_DRAFT_KINDS; kind++)
+        for (int i = 0; i < LLM_DRAFT_MAX; i++) draft.learnt.n_right[kind][i] = draft.learnt.n_known[kind][i] = 100;
+    for (int i = 0; i < 3; i++) {
+        llm_sampler sampler = SAMPLERS[i == 0 ? 0 : 2];
         llm_generate_desc text = {};
+        llm_stats stats;
+        if (i == 2) text.draft = &draft;
+        text.draft_keeps_text = true;
         text.tokens = words;
         text.n_tokens = 20;
         text.seq = 3;
@@ -971,8 +991,11 @@ static void run_rank(ranked_job *job, int rank) {
         text.sampler = &sampler;
         text.on_token = keep_token;
         text.user = f->texts[i];
-        RANK_CHECK(llm_generate(ctx, &text, NULL, &err) == LLM_OK, err.message);
+        RANK_CHECK(llm_generate(ctx, &text, &stats, &err) == LLM_OK, err.message);
+        __atomic_add_fetch(&n_guesses, stats.draft.n_proposed, __ATOMIC_RELAXED);
     }
+    if (job->mode != LLM_CUDA_EAGER)
+        RANK_CHECK(!memcmp(f->texts[2], f->texts[1], sizeof f->texts[1]), "a draft must not change the text");
     RANK_CHECK(llm_score(ctx, &question, 1, NULL, f->scores, NULL, &err) == LLM_OK, err.message);
     llm_context_free(ctx);
     if (rank == job->n_shards * job->n_stages - 1) desc.cancel = always; /* only the last rank cancels */
@@ -1070,6 +1093,7 @@ static void test_ranks(void **state) {
     same_on_ranks(&PAIRS, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, {{3, 1}, {2, 2}});
     same_on_ranks(&PAIRS, LLM_CUDA_GRAPH, LLM_DTYPE_INT8, {{2, 1}});
     same_on_ranks(&SMALL, LLM_CUDA_EAGER, LLM_DTYPE_BF16, {{2, 1}});
+    assert_true(n_guesses > 0);
 }
 
 /* One rank leaves before the pass. The others must get an error. */
@@ -1520,6 +1544,7 @@ static void pass_until_failure(ranked_job *job, int rank) {
     RANK_CHECK(llm_forward(ctx, NULL, &err), "a pass after the failure must fail");
     llm_context_free(ctx);
     llm_model_free(model);
+    if (job->n_met[IN_GPUS]) cuda_host.n_live = 0; /* mailboxes that others may have opened are not freed */
 }
 
 static void test_nccl_failures(void **state) {
@@ -1533,6 +1558,22 @@ static void test_nccl_failures(void **state) {
             assert_true(p->seconds[rank] < 10);
         }
         if (fails) assert_non_null(strstr(p->ranks[1].message, "NCCL failed on rank 1: a system error"));
+        munmap(p, sizeof *p);
+    }
+}
+
+/* Ranks that meet in the GPUs' memory or in the host's, and of which one makes a different call. */
+static void test_different_calls(void **state) {
+    (void)state;
+    for (way expected : {IN_GPUS, IN_HOST}) {
+        process_job *p = make_process_job(&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, pass_until_failure);
+        if (expected == IN_HOST) p->refusing = 1;
+        on_processes(2, 3, run_process, p, NULL);
+        check_meetings(&p->job, expected);
+        for (int rank = 0; rank < 2; rank++) {
+            assert_int_equal(p->ranks[rank].status, LLM_ERROR_DEVICE);
+            assert_true(p->seconds[rank] < 10);
+        }
         munmap(p, sizeof *p);
     }
 }
@@ -1874,6 +1915,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_nccl_refusals),
         cmocka_unit_test(test_nccl_dead_process),
         cmocka_unit_test(test_nccl_failures),
+        cmocka_unit_test(test_different_calls),
 #endif
         cmocka_unit_test(test_eager),
         cmocka_unit_test(test_fused),
