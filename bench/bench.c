@@ -27,6 +27,12 @@
     Measures several users at once with llm_step. Each stream has its own prompt of p tokens and generates n tokens.
     Prints the median rates of all streams together, in alternating rounds: for reading the prompts, and for generating.
 
+    build/bench -m MODEL --grammars [-n 128]
+
+    Measures what a grammar costs: n tokens are generated with and without it in alternating runs, for a JSON schema, a
+    GBNF and a regular expression whose texts are long. Each run with a grammar makes it anew, so no mask is stored yet.
+    Prints the median rates, from the call of llm_generate to its end, and the median of the ratios.
+
     mpirun -n 4 build/mpi/bench -m MODEL --tp 2 --pp 2
 
     Prints the first table for a model that several processes share. -t is the number of threads of each. MB/token, MBU
@@ -57,6 +63,7 @@ enum {
     KEY_DRAFT_MAX,
     KEY_TEMP,
     KEY_ROWS,
+    KEY_GRAMMARS,
     KEY_FLOPS_TABLE,
     KEY_TP,
     KEY_PP
@@ -64,7 +71,7 @@ enum {
 
 typedef struct options {
     const char *model, *random, *format;
-    bool sparse, keep_zeros;
+    bool sparse, keep_zeros, grammars;
     int flops_table; /* max tokens in a batch; 0: no table */
     int n_prefill, n_decode, n_rounds;
     int depths[MOST], n_depths, threads[MOST], n_threads;
@@ -106,6 +113,7 @@ static const struct argp_option OPTIONS[] = {
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "max guesses in a pass (15)", 4},
     {"temp", KEY_TEMP, "T", 0, "temperature of llm_generate; small models repeat themselves at 0 (0)", 4},
     {"rows", KEY_ROWS, "LIST", 0, "compare passes of these numbers of tokens, up to 64", 4},
+    {"grammars", KEY_GRAMMARS, 0, 0, "compare texts with and without grammars", 4},
     {"streams", 'b', "LIST", 0, "instead of the first table: numbers of texts generated at the same time", 1},
     {"tp", KEY_TP, "N", 0, "processes that share each layer (1)", 2},
     {"pp", KEY_PP, "N", 0, "groups of processes that share the layers (1)", 2},
@@ -169,6 +177,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_TP: opt->ranks.tp = parse_number(state, arg, 1); break;
     case KEY_PP: opt->ranks.pp = parse_number(state, arg, 1); break;
     case 'b': opt->n_streams = parse_list(state, arg, 1, opt->streams); break;
+    case KEY_GRAMMARS: opt->grammars = true; break;
     case KEY_ROWS: opt->n_rows = parse_list(state, arg, 1, opt->rows); break;
     case ARGP_KEY_ARG:
         if (opt->n_texts == MOST) argp_error(state, "at most %d texts are possible", MOST);
@@ -181,20 +190,24 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
         break;
     case ARGP_KEY_END:
         if (!opt->n_threads)
-            opt->n_threads = opt->n_drafts || opt->n_rows || opt->n_streams || opt->flops_table ? 1 : 2;
+            opt->n_threads =
+                opt->n_drafts || opt->n_rows || opt->n_streams || opt->grammars || opt->flops_table ? 1 : 2;
         if (!opt->n_prefill) opt->n_prefill = opt->n_streams ? 32 : 512;
         if (!opt->model == !opt->random) argp_error(state, "give either -m or --random");
         if (opt->sparse && !opt->random) argp_error(state, "--sparse needs --random");
         if (!opt->n_drafts != !opt->n_texts)
             argp_error(state, "--draft needs texts to continue, and texts need --draft");
         if (opt->n_drafts && !opt->model) argp_error(state, "random weights cannot continue texts: --draft needs -m");
+        if (opt->grammars && !opt->model) argp_error(state, "random weights have no vocabulary: --grammars needs -m");
+        if (opt->grammars && (opt->n_drafts || opt->n_rows || opt->n_streams))
+            argp_error(state, "--grammars cannot be combined with -b, --draft or --rows");
         for (int i = 0; i < opt->n_rows; i++)
             if (opt->rows[i] > MOST_ROWS) argp_error(state, "--rows: at most %d", MOST_ROWS);
         for (int i = 0; i < opt->n_streams; i++)
             if (opt->streams[i] > MOST_STREAMS) argp_error(state, "-b: at most %d", MOST_STREAMS);
         if ((opt->ranks.tp > 1 || opt->ranks.pp > 1) &&
-            (opt->n_drafts || opt->n_rows || opt->n_streams || opt->flops_table))
-            argp_error(state, "--tp and --pp cannot be combined with -b, --draft, --rows or --flops-table");
+            (opt->n_drafts || opt->n_rows || opt->n_streams || opt->grammars || opt->flops_table))
+            argp_error(state, "--tp and --pp cannot be combined with -b, --draft, --rows, --grammars or --flops-table");
         if (opt->flops_table && !strcmp(opt->format, "json"))
             argp_error(state, "--flops-table can only be printed as md or csv");
         break;
@@ -724,7 +737,69 @@ static void compare_streams(llm_context *ctx, const options *opt) {
     free(rates);
 }
 
-/* Runs --draft, --rows and -b for one type and number of threads. */
+/* Their texts cannot end early, and most of their tokens are free. */
+static const struct {
+    const char *name, *text;
+    llm_status (*make)(llm_grammar **, const llm_tokenizer *, const char *, const llm_host *, llm_error *);
+} GRAMMARS[] = {
+    {"JSON schema",
+     "{\"type\":\"array\",\"minItems\":1000,\"items\":{\"type\":\"object\",\"properties\":{\"title\":{\"type\":"
+     "\"string\"},\"text\":{\"type\":\"string\",\"minLength\":100},\"score\":{\"type\":\"number\"}},\"required\":["
+     "\"title\",\"text\",\"score\"],\"additionalProperties\":false}}",
+     llm_grammar_from_json_schema},
+    {"GBNF", "root ::= line{1000}\nline ::= \"- \" word (\" \" word){9,} \".\\n\"\nword ::= [A-Za-z] [a-z,;'0-9-]*\n",
+     llm_grammar_from_gbnf},
+    {"regex", "([A-Z][^.!?\\n]{30,}[.!?] ){1000}", llm_grammar_from_regex}};
+
+/* Continues a short prompt by n_decode tokens. Returns tokens per second. */
+static double write_text(llm_context *ctx, const options *opt, llm_grammar *grammar) {
+    llm_sampler sampler = {.temperature = opt->temperature, .seed = 1};
+    llm_generate_desc desc = {.prompt = "Here is a long list of facts about the sea:\n",
+                              .sampler = &sampler,
+                              .grammar = grammar,
+                              .max_tokens = opt->n_decode,
+                              .ignore_end = true};
+    llm_stats stats;
+    llm_error err;
+    llm_seq_truncate(ctx, 0, 0, NULL);
+    double start = llm__clock_now();
+    if (llm_generate(ctx, &desc, &stats, &err)) fail(&err);
+    if (stats.n_generated != opt->n_decode) {
+        fprintf(stderr, "bench: the text ended after %d tokens\n", stats.n_generated);
+        exit(1);
+    }
+    return stats.n_generated / (llm__clock_now() - start);
+}
+
+static void compare_grammars(llm_context *ctx, const options *opt) {
+    double *values = (double *)calloc((size_t)(4 * opt->n_rounds), sizeof *values);
+    if (!values) exit(1);
+    double *plain = values, *rates = plain + opt->n_rounds, *ratios = rates + opt->n_rounds,
+           *compile = ratios + opt->n_rounds;
+    for (size_t i = 0; i < sizeof GRAMMARS / sizeof *GRAMMARS; i++) {
+        for (int round = -1; round < opt->n_rounds; round++) { /* the first round is a warm-up */
+            int at = round < 0 ? 0 : round;
+            llm_grammar *grammar = NULL;
+            llm_error err;
+            double start = llm__clock_now();
+            if (GRAMMARS[i].make(&grammar, llm_model_tokenizer(llm_context_model(ctx)), GRAMMARS[i].text, NULL, &err))
+                fail(&err);
+            compile[at] = 1e3 * (llm__clock_now() - start);
+            plain[at] = write_text(ctx, opt, NULL);
+            rates[at] = write_text(ctx, opt, grammar);
+            ratios[at] = rates[at] / plain[at];
+            llm_grammar_free(grammar);
+        }
+        printf("| %s | %s | %d | %.1f | %.1f | %.1f | %.3f |\n", GRAMMARS[i].name,
+               llm_dtype_name(llm_context_model(ctx)->info.dtype), llm_context_n_threads(ctx),
+               median(compile, opt->n_rounds), median(plain, opt->n_rounds), median(rates, opt->n_rounds),
+               median(ratios, opt->n_rounds));
+        fflush(stdout);
+    }
+    free(values);
+}
+
+/* Runs --draft, --rows, -b and --grammars for one type and number of threads. */
 static void compare(const options *opt, llm_dtype dtype, int n_threads) {
     llm_model_desc desc = {
         .dtype = dtype, .n_threads = n_threads, .isa = getenv("LLM_ISA"), .keep_zeros = opt->keep_zeros};
@@ -739,6 +814,7 @@ static void compare(const options *opt, llm_dtype dtype, int n_threads) {
     if (llm_context_create(&ctx, model, &context_desc, &err)) fail(&err);
     for (int i = 0; i < opt->n_drafts; i++) compare_draft(ctx, opt, opt->drafts[i], &desc);
     if (opt->n_streams) compare_streams(ctx, opt);
+    if (opt->grammars) compare_grammars(ctx, opt);
     for (int i = 0; i < opt->n_depths && opt->n_rows; i++) compare_rows(ctx, opt, opt->depths[i]);
     llm_context_free(ctx);
     llm_model_free(model);
@@ -751,6 +827,9 @@ static void print_comparisons(const options *opt) {
                "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
     else if (opt->n_streams)
         printf("| weights | threads | streams | read tok/s | write tok/s | each | ratio |\n"
+               "| --- | --- | --- | --- | --- | --- | --- |\n");
+    else if (opt->grammars)
+        printf("| grammar | weights | threads | compile, ms | plain tok/s | tok/s | ratio |\n"
                "| --- | --- | --- | --- | --- | --- | --- |\n");
     else printf("| weights | threads | depth | rows | ms | ratio |\n| --- | --- | --- | --- | --- | --- |\n");
     for (int i = 0; i < opt->n_dtypes; i++)
@@ -940,7 +1019,7 @@ int main(int argc, char **argv) {
         OPTIONS, parse_option, "[TEXT...]", "Measures how fast a model runs, and the limits of the machine.",
         NULL,    NULL,         NULL};
     argp_parse(&argp, argc, argv, 0, NULL, &opt);
-    if (opt.n_drafts || opt.n_rows || opt.n_streams) {
+    if (opt.n_drafts || opt.n_rows || opt.n_streams || opt.grammars) {
         print_comparisons(&opt);
         return 0;
     }

@@ -24,6 +24,9 @@ printf 'one two three one two three one' >"$out.txt"
 check "compares drafts" eval 'measure -m "$model" -n 8 --draft lookup,self:int4 "$out.txt" && [ "$(grep -c "^| " "$out")" -eq 4 ]'
 check "compares passes of different numbers of rows" eval 'measure --random smollm2-135m --rows 1,2,4 && [ "$(grep -c "^| bf16" "$out")" -eq 3 ]'
 check "compares numbers of streams" eval 'measure -m "$model" --dtype int4 -n 4 -b 1,3 && [ "$(grep -c "^| [a-z0-9]* | [0-9]* | [13] |" "$out")" -eq 2 ]'
+check "compares texts with and without grammars" eval 'measure -m "$model" --dtype int8 -n 16 --grammars && [ "$(grep -c "^| [A-Za-z ]* | int8 |" "$out")" -eq 3 ]'
+check "refuses grammars of random weights" refuses --random smollm2-135m --grammars
+check "refuses grammars together with streams" refuses -m "$model" --grammars -b 2
 check "refuses too many streams" refuses -m "$model" -b 1000
 check "refuses a draft without texts" refuses -m "$model" --draft lookup
 check "refuses texts without a draft" refuses -m "$model" "$out.txt"
