@@ -48,7 +48,8 @@ NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h
 NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h libbz2-dev:bzlib.h g++:g++
 NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
                   libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.asan-x86_64.a \
-                  libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp valgrind:valgrind python3:python3
+                  libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp libsimde-dev:simde/x86/avx512.h \
+                  valgrind:valgrind python3:python3
 NEEDED_FOR_SERVER = libmicrohttpd-dev:microhttpd.h libjansson-dev:jansson.h
 NEEDED_FOR_MPI  = libopenmpi-dev:mpicc openmpi-bin:mpirun
 NEEDED_TO_CROSS = gcc-aarch64-linux-gnu:aarch64-linux-gnu-gcc g++-aarch64-linux-gnu:aarch64-linux-gnu-g++ \
@@ -150,7 +151,8 @@ build/gpu/llm_cuda.o: llm_cuda.cu llm.h
 
 # These tests include the source of a program or of other tests.
 build/test_hellaswag_text build/asan/test_hellaswag_text: examples/hellaswag.c
-build/test_amx build/asan/test_amx: tests/test_kernels.c tests/test_hash.c
+build/test_amx build/asan/test_amx build/test_avx512: tests/test_kernels.c tests/test_hash.c
+build/test_avx512: private CPPFLAGS += -O1 -Wno-psabi
 
 # The kernels of llm_cuda.cu, run on the CPU.
 $(foreach dir,build build/asan,$(eval $(dir)/test_cuda: $(dir)/llm.o))
