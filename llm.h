@@ -3181,44 +3181,53 @@ typedef struct llm__encode_search {
     float first; /* the first range is most + first steps wide, each next one 0.1 more */
 } llm__encode_search;
 
+/* 32 weights as scale * q + minimum. */
+typedef struct llm__encode_found {
+    float scale, minimum;
+    uint8_t q[32];
+} llm__encode_found;
+
+/* Rounds x to f->q, with a given inverse scale. */
+static void llm__encode_quantize(const float *x, float inverse, float minimum, int most, llm__encode_found *f) {
+    for (int i = 0; i < 32; i++)
+        f->q[i] = (uint8_t)llm__encode_clamp(llm__encode_round(inverse * (x[i] - minimum)), 0, most);
+}
+
 /* The sum of the weighted squared errors. */
-static float llm__encode_error(const float *x, const float *weights, const uint8_t *q, float scale, float minimum) {
+static float llm__encode_error(const float *x, const float *weights, const llm__encode_found *f) {
     float error = 0;
     for (int i = 0; i < 32; i++) {
-        float difference = scale * (float)q[i] + minimum - x[i];
+        float difference = f->scale * (float)f->q[i] + f->minimum - x[i];
         error += weights[i] * (difference * difference);
     }
     return error;
 }
 
-/* Rounds x to q with the given inverse scale, then finds the scale and minimum with the least weighted squared error
-   for these q: two linear equations. The minimum is at most 0. Returns false if they have no solution. */
-static bool llm__encode_fit(const float *x, const float *weights, float sum_w, float sum_x, float inverse, float low,
-                            int most, uint8_t *q, float *scale, float *minimum) {
+/* Finds the scale and minimum with the least weighted squared error for f->q: two linear equations. sum_w is the sum of
+   the weights, sum_x that of the weighted x. The minimum is at most 0. Returns false if they have no solution. */
+static bool llm__encode_fit(const float *x, const float *weights, float sum_w, float sum_x, llm__encode_found *f) {
     float sum_l = 0, sum_l2 = 0, sum_xl = 0;
     for (int i = 0; i < 32; i++) {
-        q[i] = (uint8_t)llm__encode_clamp(llm__encode_round(inverse * (x[i] - low)), 0, most);
-        float l = (float)q[i];
+        float l = (float)f->q[i];
         sum_l += weights[i] * l;
         sum_l2 += weights[i] * l * l;
         sum_xl += weights[i] * l * x[i];
     }
     float determinant = sum_w * sum_l2 - sum_l * sum_l;
     if (!(determinant > 0)) return false;
-    *scale = (sum_w * sum_xl - sum_x * sum_l) / determinant;
-    *minimum = (sum_l2 * sum_x - sum_l * sum_xl) / determinant;
-    if (*minimum > 0) {
-        *minimum = 0;
-        *scale = sum_xl / sum_l2;
+    f->scale = (sum_w * sum_xl - sum_x * sum_l) / determinant;
+    f->minimum = (sum_l2 * sum_x - sum_l * sum_xl) / determinant;
+    if (f->minimum > 0) {
+        f->minimum = 0;
+        f->scale = sum_xl / sum_l2;
     }
     return true;
 }
 
-/* Finds q, scale and minimum of 32 weights; errors count more for weights of large magnitude. Returns the scale, and
-   -minimum in *minus. */
-static float llm__encode_group(const float *x, const llm__encode_search *search, uint8_t *q, float *minus) {
+/* Finds q, scale and minimum of 32 weights; errors count more for weights of large magnitude. */
+static llm__encode_found llm__encode_group(const float *x, const llm__encode_search *search) {
     float weights[32], low, high, sum_squares = 0, sum_w = 0, sum_x = 0;
-    uint8_t tried[32];
+    llm__encode_found best = {0, 0, {0}}, tried;
     for (int i = 0; i < 32; i++) sum_squares += x[i] * x[i];
     const float average = sqrtf(sum_squares / 32);
     for (int i = 0; i < 32; i++) {
@@ -3228,29 +3237,23 @@ static float llm__encode_group(const float *x, const llm__encode_search *search,
     }
     llm__encode_range(x, &low, &high);
     if (low > 0) low = 0;
-    *minus = -low;
-    memset(q, 0, 32);
-    if (high == low) return 0;
-    float inverse = (float)search->most / (high - low), scale = 1 / inverse, minimum = low;
-    for (int i = 0; i < 32; i++)
-        q[i] = (uint8_t)llm__encode_clamp(llm__encode_round(inverse * (x[i] - low)), 0, search->most);
-    float least = llm__encode_error(x, weights, q, scale, minimum);
+    best.minimum = low;
+    if (high == low) return best;
+    float inverse = (float)search->most / (high - low);
+    best.scale = 1 / inverse;
+    llm__encode_quantize(x, inverse, low, search->most, &best);
+    float least = llm__encode_error(x, weights, &best);
     for (int step = 0; step <= search->n_steps; step++) {
-        float tried_scale, tried_minimum;
         /* The range begins at the best minimum so far. */
-        inverse = (search->first + 0.1f * (float)step + (float)search->most) / (high - minimum);
-        if (!llm__encode_fit(x, weights, sum_w, sum_x, inverse, minimum, search->most, tried, &tried_scale,
-                             &tried_minimum))
-            continue;
-        float error = llm__encode_error(x, weights, tried, tried_scale, tried_minimum);
+        inverse = (search->first + 0.1f * (float)step + (float)search->most) / (high - best.minimum);
+        llm__encode_quantize(x, inverse, best.minimum, search->most, &tried);
+        if (!llm__encode_fit(x, weights, sum_w, sum_x, &tried)) continue;
+        float error = llm__encode_error(x, weights, &tried);
         if (!(error < least)) continue;
-        memcpy(q, tried, 32);
+        best = tried;
         least = error;
-        scale = tried_scale;
-        minimum = tried_minimum;
     }
-    *minus = -minimum;
-    return scale;
+    return best;
 }
 
 /* Writes the first 16 bytes of Q4_K and Q5_K: d, m, and 6 bits for each scale and minimum. */
@@ -3277,7 +3280,10 @@ static void llm__encode_k_block(const float *x, const llm__encode_search *search
     uint8_t whole_scales[8], whole_minimums[8];
     float scales[8], minimums[8], most_scale = 0, most_minimum = 0;
     for (int j = 0; j < 8; j++) {
-        scales[j] = llm__encode_group(x + 32 * j, search, q + 32 * j, &minimums[j]);
+        const llm__encode_found found = llm__encode_group(x + 32 * j, search);
+        memcpy(q + 32 * j, found.q, 32);
+        scales[j] = found.scale;
+        minimums[j] = -found.minimum;
         if (scales[j] > most_scale) most_scale = scales[j];
         if (minimums[j] > most_minimum) most_minimum = minimums[j];
     }
@@ -13527,10 +13533,17 @@ typedef struct llm__kernel_group {
 #define LLM__INVERSE 0x7EF311C0 /* minus the bits of a number: approximately the bits of its inverse */
 #define LLM__LEAST 1e-30f       /* a group of activations that are all smaller counts as 0 */
 
-/* Multiplies `rows` activation rows x[row * x_stride + k] by n consecutive tiles and adds the outputs to y[row *
-   y_stride + 0 .. 16 * n - 1]. */
-typedef void llm__kernel_product_fn(const float *x, size_t x_stride, int rows, const void *tiles, int n, int k,
-                                    float *y, size_t y_stride);
+/* A product of rows of k activations with consecutive tiles. It is added to y[n_rows][16 * n_tiles]. */
+typedef struct llm__kernel_product {
+    llm__weight_type kind; /* of the tiles */
+    int n_rows, n_tiles, k;
+    const float *x;                  /* the activations, or for a kind in groups: */
+    const llm__kernel_group *groups; /* the same as integers, k / 32 groups in a row */
+    size_t x_stride, y_stride;       /* distances between rows, in floats or in groups */
+    const uint8_t *tiles;
+    float *y;
+} llm__kernel_product;
+typedef void llm__kernel_product_fn(const llm__kernel_product *p);
 
 typedef enum llm__kernel_ending { LLM__STORE, LLM__ADD, LLM__SWIGLU } llm__kernel_ending;
 
@@ -13619,13 +13632,16 @@ static inline llm__kernel_lines llm__kernel_packed_row(size_t step, uint8_t *pac
     return row;
 }
 
+/* Attention of some queries to some of their keys: out[query][n], not yet divided by sum[query]. That is the sum of the
+   query's softmax weights 2^(scale * score - max[query]). */
+typedef struct llm__kernel_attended {
+    float *out, *max, *sum;
+} llm__kernel_attended;
+
 typedef struct llm__kernels {
     const char *name;
-    llm__kernel_product_fn *product[LLM__W_Q4];
-    /* The same for tiles of a kind in groups and rows of k / 32 llm__kernel_group, which `quantize` makes from k
-       activations. If an activation is NaN or infinite, the scales of its row are NaN. */
-    void (*group_product)(llm__weight_type kind, const llm__kernel_group *x, size_t x_stride, int rows,
-                          const uint8_t *tiles, int n, int k, float *y, size_t y_stride);
+    llm__kernel_product_fn *product[LLM__W_Q4], *group_product; /* one for each kind, and one for all in groups */
+    /* Makes k / 32 groups from a row of k activations. If one of these is NaN or infinite, all scales are NaN. */
     void (*quantize)(const float *x, int k, llm__kernel_group *lines);
     /* Converts blocks of an int8 or 2:4 tile to bf16, in the order of bf16's tiles. */
     void (*unpack)(llm__weight_type kind, const uint8_t *w, int n_blocks, uint8_t *to);
@@ -13635,18 +13651,16 @@ typedef struct llm__kernels {
     void (*norm)(const float *x, const float *w, int n, float factor, bool round, float *y);
     /* y = silu(gate) * up = gate / (1 + 2^(-log2(e) gate)) * up. Gates and ups alternate in groups of 16. */
     void (*swiglu)(const float *gate_up, int n, bool round, float *y);
-    /* Turns n scores into 2^(scale * s - max), with zeros up to `padded`. *max is the maximum of scale * s (scale >
-       0), *sum the sum before rounding. */
+    /* Turns n scores into 2^(scale * s - max), with zeros up to `padded`, a multiple of 16. *max is the maximum of
+       scale * s (scale > 0), *sum the sum before rounding. */
     void (*softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum);
     /* For the sampler: the maximum of each LLM__MAX_RUN of n values. Returns false if one of the values is NaN. */
     bool (*maxima)(const float *x, int n, float *maxima);
     /* p = 2^((x - top) * scale), or 0 below 2^-125.5, for n values of at most `top`, and zeros up to a multiple of 16;
        their maxima as above. Returns the sum. */
     float (*odds)(const float *x, int n, float top, float scale, float *p, float *maxima);
-    /* Merges partial attention results into running ones. For each row (max, sum, out[n]) is the result so far; rows
-       of out and of part are n apart. */
-    void (*merge)(int rows, float *max, float *sum, float *out, const float *part_max, const float *part_sum,
-                  const float *part, int n);
+    /* Merges the results of `part` into those of `known`. */
+    void (*merge)(int rows, int n, llm__kernel_attended known, llm__kernel_attended part);
     /* y = x * factor, rounded to bf16 if `round`. */
     void (*scale)(const float *x, float factor, int n, bool round, float *y);
     void (*add)(float *y, const float *x, int n); /* y += x */
@@ -16371,18 +16385,31 @@ typedef struct llm__fwd_product {
     size_t y_stride;
 } llm__fwd_product;
 
-/* Multiplies `rows` rows from `row` on by n_tiles tiles and adds the results to sums[rows][stride]. */
-static void llm__fwd_tile_sums(const llm__cpu_context *c, const llm__matrix *m, int tile, int n_tiles,
-                               const llm__fwd_rows *in, int row, int rows, float *sums, size_t stride) {
+/* A piece of it: some rows and some of the matrix's tiles. */
+typedef struct llm__fwd_piece {
+    int row, n_rows, tile, n_tiles;
+} llm__fwd_piece;
+
+/* Adds the products of a piece to sums[n_rows][stride]. */
+static void llm__fwd_tile_sums(const llm__cpu_context *c, const llm__matrix *m, const llm__fwd_rows *in,
+                               llm__fwd_piece piece, float *sums, size_t stride) {
     const llm__kernels *kernels = c->model->kernels;
-    int k = llm__math_round_up(m->k, 32);
-    size_t n_lines = in->stride / 32;
-    for (llm__kernel_tiles t; n_tiles > 0; tile += t.n, n_tiles -= t.n, sums += 16 * t.n) {
-        t = llm__matrix_tiles(m, tile, n_tiles);
-        if (llm__matrix_has_groups(t.kind))
-            kernels->group_product(t.kind, in->lines + (size_t)row * n_lines, n_lines, rows, t.at, t.n, k, sums,
-                                   stride);
-        else kernels->product[t.kind](in->x + (size_t)row * in->stride, in->stride, rows, t.at, t.n, k, sums, stride);
+    const size_t n_lines = in->stride / 32;
+    llm__kernel_product p;
+    p.n_rows = piece.n_rows;
+    p.k = llm__math_round_up(m->k, 32);
+    p.y = sums;
+    p.y_stride = stride;
+    for (llm__kernel_tiles t; piece.n_tiles > 0; piece.tile += t.n, piece.n_tiles -= t.n, p.y += 16 * t.n) {
+        t = llm__matrix_tiles(m, piece.tile, piece.n_tiles);
+        const bool has_groups = llm__matrix_has_groups(t.kind);
+        p.kind = t.kind;
+        p.n_tiles = t.n;
+        p.tiles = t.at;
+        p.x = has_groups ? NULL : in->x + (size_t)piece.row * in->stride;
+        p.groups = has_groups ? in->lines + (size_t)piece.row * n_lines : NULL;
+        p.x_stride = has_groups ? n_lines : in->stride;
+        (has_groups ? kernels->group_product : kernels->product[t.kind])(&p);
     }
 }
 
@@ -16397,14 +16424,14 @@ static void llm__fwd_end_row(const llm__cpu_context *c, const llm__matrix *m, in
     else kernels->swiglu(sums, n_tiles * 8, c->round, y + column / 2);
 }
 
-/* Multiplies `rows` rows from `row` on (at most LLM__ROWS) by n_tiles tiles (at most LLM__TILES). */
-static void llm__linear_piece(const llm__cpu_context *c, const llm__fwd_product *p, int tile, int n_tiles, int row,
-                              int rows) {
+/* A piece of at most LLM__ROWS rows and LLM__TILES tiles. */
+static void llm__linear_piece(const llm__cpu_context *c, const llm__fwd_product *p, llm__fwd_piece piece) {
     float sums[LLM__ROWS][16 * LLM__TILES] __attribute__((aligned(64)));
-    memset(sums, 0, (size_t)rows * sizeof *sums);
-    llm__fwd_tile_sums(c, p->m, tile, n_tiles, p->in, row, rows, sums[0], 16 * LLM__TILES);
-    for (int r = 0; r < rows; r++)
-        llm__fwd_end_row(c, p->m, tile, n_tiles, sums[r], p->ending, p->y + (size_t)(row + r) * p->y_stride);
+    memset(sums, 0, (size_t)piece.n_rows * sizeof *sums);
+    llm__fwd_tile_sums(c, p->m, p->in, piece, sums[0], 16 * LLM__TILES);
+    for (int r = 0; r < piece.n_rows; r++)
+        llm__fwd_end_row(c, p->m, piece.tile, piece.n_tiles, sums[r], p->ending,
+                         p->y + (size_t)(piece.row + r) * p->y_stride);
 }
 
 static llm__kernel_lines llm__fwd_lines_of(const llm__cpu_context *c, const llm__fwd_rows *rows, size_t r) {
@@ -16436,20 +16463,20 @@ static llm__fwd_rows llm__fwd_prepare_rows(llm__team_worker *w, const llm__cpu_c
     return own;
 }
 
-/* Multiplies the rows from `row` to `end` by the tiles of a panel. */
-static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__fwd_product *product, int tile,
-                              int n_tiles, int row, int end) {
+/* A piece of at most LLM__PANEL_TILES tiles, in panels of at most LLM__PANEL_ROWS rows. */
+static void llm__linear_panels(const llm__cpu_context *c, int index, const llm__fwd_product *product,
+                               llm__fwd_piece piece) {
     const llm__matrix *m = product->m;
     const llm__fwd_rows *in = product->in, *ffn = &c->ffn;
     llm__kernel_panel p;
-    int next = tile + n_tiles;
+    int tile = piece.tile, next = tile + piece.n_tiles, end = piece.row + piece.n_rows;
     p.line_step = c->model->kernels->line_step;
     p.k = llm__math_round_up(m->k, 32);
     p.kind = m->kind;
-    p.tiles = llm__matrix_tiles(m, tile, n_tiles).at;
+    p.tiles = llm__matrix_tiles(m, tile, piece.n_tiles).at;
     p.ahead = next * 16 < m->n ? llm__matrix_tiles(m, next, 1).at : NULL;
     p.tile_bytes = m->tile_bytes;
-    p.n_tiles = n_tiles;
+    p.n_tiles = piece.n_tiles;
     p.ending = product->ending;
     p.y_stride = product->y_stride;
     p.width = m->n - tile * 16;
@@ -16457,7 +16484,7 @@ static void llm__linear_panel(const llm__cpu_context *c, int index, const llm__f
     p.column = c->model->ff.first + tile * 8;
     p.c = c->panels + (size_t)index * c->panel_floats;
     p.unpacked = c->tiles + (size_t)index * c->tile_bytes;
-    for (int first = row; first < end; first += LLM__PANEL_ROWS) {
+    for (int first = piece.row; first < end; first += LLM__PANEL_ROWS) {
         p.n_rows = end - first < LLM__PANEL_ROWS ? end - first : (int)LLM__PANEL_ROWS;
         p.a = in->packed + (size_t)first * in->stride * 2;
         p.y = p.ending == LLM__SWIGLU ? NULL : product->y + (size_t)first * p.y_stride + tile * 16;
@@ -16510,18 +16537,21 @@ static void llm__linear(llm__team_worker *w, const llm__cpu_context *c, const ll
                         const llm__fwd_batch *batch, llm__kernel_ending ending, float *y, size_t y_stride) {
     const llm__fwd_product p = {m, in, ending, y, y_stride};
     const llm__fwd_route *route = llm__fwd_route_of(batch, m);
-    bool panels = route->panels;
-    int rows = batch->n, n_parts = route->n_parts, n_tiles = llm__math_round_up(m->n, 16) / 16,
-        step = llm__fwd_piece_tiles(c, n_tiles, n_parts, panels), n_columns = (n_tiles + step - 1) / step;
-    for (int piece; (piece = llm__team_take(w, n_parts * n_columns)) >= 0;) {
-        int column = panels ? piece % n_columns : piece / n_parts, part = panels ? piece / n_columns : piece % n_parts,
-            first = column * step, n = n_tiles - first < step ? n_tiles - first : step;
-        if (panels) {
-            llm__linear_panel(c, w->index, &p, first, n, llm__fwd_part_row(rows, part, n_parts),
-                              llm__fwd_part_row(rows, part + 1, n_parts));
+    int n_parts = route->n_parts, n_tiles = llm__math_round_up(m->n, 16) / 16,
+        step = llm__fwd_piece_tiles(c, n_tiles, n_parts, route->panels), n_columns = (n_tiles + step - 1) / step;
+    for (int i; (i = llm__team_take(w, n_parts * n_columns)) >= 0;) {
+        int column = route->panels ? i % n_columns : i / n_parts, part = route->panels ? i / n_columns : i % n_parts;
+        llm__fwd_piece piece;
+        piece.tile = column * step;
+        piece.n_tiles = n_tiles - piece.tile < step ? n_tiles - piece.tile : step;
+        if (route->panels) {
+            piece.row = llm__fwd_part_row(batch->n, part, n_parts);
+            piece.n_rows = llm__fwd_part_row(batch->n, part + 1, n_parts) - piece.row;
+            llm__linear_panels(c, w->index, &p, piece);
         } else {
-            int row = part * LLM__ROWS, some = rows - row < LLM__ROWS ? rows - row : (int)LLM__ROWS;
-            llm__linear_piece(c, &p, first, n, row, some);
+            piece.row = part * LLM__ROWS;
+            piece.n_rows = batch->n - piece.row < LLM__ROWS ? batch->n - piece.row : (int)LLM__ROWS;
+            llm__linear_piece(c, &p, piece);
         }
     }
     llm__team_finish(w);
@@ -16896,6 +16926,7 @@ static void llm__attn_product(const llm__cpu_context *c, const llm__attn_work *a
 static void llm__attn_keys(const llm__cpu_context *c, const llm__attn_work *a, const int *blocks, int n) {
     const llm__kernels *kernels = c->model->kernels;
     size_t stride = (size_t)c->head_stride, tile = llm__matrix_tile_bytes(c->cache_kind, c->head_stride);
+    llm__kernel_product p = {c->cache_kind, a->n, 2, c->head_stride, a->q, NULL, stride, LLM__SCORES, NULL, NULL};
     if (!a->packed) memset(a->scores, 0, (size_t)a->n * LLM__SCORES * sizeof(float));
     for (int i = 0; i < n; i++) {
         const uint8_t *keys = llm__cache_block(c, a->layer, 0, a->head, blocks[i]), *parts[LLM__MOST_HEAD / 32];
@@ -16908,7 +16939,9 @@ static void llm__attn_keys(const llm__cpu_context *c, const llm__attn_work *a, c
             llm__attn_product(c, a, a->packed, n_parts, parts, (size_t)(second - first), scores, LLM__SCORES);
             continue;
         }
-        kernels->product[c->cache_kind](a->q, stride, a->n, keys, 2, c->head_stride, scores, LLM__SCORES);
+        p.tiles = keys;
+        p.y = scores;
+        kernels->product[c->cache_kind](&p);
     }
 }
 
@@ -16930,11 +16963,20 @@ static void llm__attn_values(const llm__cpu_context *c, const llm__attn_work *a,
         }
         return;
     }
+    llm__kernel_product p = {
+        c->cache_kind, a->n, c->head_stride / 16, LLM_CACHE_BLOCK, a->scores, NULL, LLM__SCORES, stride, NULL, part};
     memset(part, 0, (size_t)a->n * stride * sizeof(float));
-    for (int i = 0; i < n; i++)
-        kernels->product[c->cache_kind](a->scores + i * LLM_CACHE_BLOCK, LLM__SCORES, a->n,
-                                        llm__cache_block(c, a->layer, 1, a->head, blocks[i]), c->head_stride / 16,
-                                        LLM_CACHE_BLOCK, part, stride);
+    for (int i = 0; i < n; i++, p.x += LLM_CACHE_BLOCK) {
+        p.tiles = llm__cache_block(c, a->layer, 1, a->head, blocks[i]);
+        kernels->product[c->cache_kind](&p);
+    }
+}
+
+/* The partial result at `at`. */
+static llm__kernel_attended llm__attn_result(const llm__cpu_context *c, const llm__attn_work *a, float *at) {
+    float *max = at + (size_t)a->padded * (size_t)c->head_stride;
+    const llm__kernel_attended result = {at, max, max + a->padded};
+    return result;
 }
 
 /* Prefetches a block of values while the softmax is computed. */
@@ -16975,20 +17017,20 @@ static void llm__attn_chunk(const llm__cpu_context *c, llm__attn_work *a, int fi
     int end = llm__attn_end_of_keys(c, a),
         n_blocks = llm__cache_blocks_for(end - first < LLM__CHUNK ? end - first : (int)LLM__CHUNK);
     const int *blocks = a->blocks + first / LLM_CACHE_BLOCK;
-    float *max = part + (size_t)a->padded * (size_t)c->head_stride, *sum = max + a->padded;
+    const llm__kernel_attended result = llm__attn_result(c, a, part);
     if (c->cache_kind == LLM__W_INT8) llm__attn_get_scales(c, a, blocks, n_blocks);
     llm__attn_keys(c, a, blocks, n_blocks);
     for (int i = 0; i < a->n; i++) {
         if (i < n_blocks) llm__attn_fetch_values(c, a, blocks[i]);
-        llm__attn_weigh_keys(c, a, i, first, n_blocks, &max[i], &sum[i]);
+        llm__attn_weigh_keys(c, a, i, first, n_blocks, &result.max[i], &result.sum[i]);
     }
-    llm__attn_values(c, a, blocks, n_blocks, part);
+    llm__attn_values(c, a, blocks, n_blocks, result.out);
 }
 
 /* Merges the partial result of the chunk from position `first` on into `known`, the result of the chunks before it. */
-static void llm__attn_join_chunk(const llm__cpu_context *c, const llm__attn_work *a, int first, const float *part,
-                                 float *known) {
-    size_t stride = (size_t)c->head_stride, stats = (size_t)a->padded * stride, padded = (size_t)a->padded;
+static void llm__attn_join_chunk(const llm__cpu_context *c, const llm__attn_work *a, int first,
+                                 llm__kernel_attended part, llm__kernel_attended known) {
+    const size_t stride = (size_t)c->head_stride;
     size_t rows[2] = {0, 0}, n[2] = {0, 0}; /* [0]: a run of rows that begin in this chunk; [1]: others that use it */
     for (size_t i = 0; i < (size_t)a->n; i++) {
         int last = llm__attn_last_key(c, a, (int)i), first_key = llm__attn_first_key(&c->model->shape, last);
@@ -16996,14 +17038,13 @@ static void llm__attn_join_chunk(const llm__cpu_context *c, const llm__attn_work
         if (!begins && (first <= first_key || last < first)) continue;
         if (!n[!begins]++) rows[!begins] = i;
     }
-    const float *max = part + stats, *sum = max + padded;
-    float *known_max = known + stats, *known_sum = known_max + padded;
-    memcpy(known + rows[0] * stride, part + rows[0] * stride, n[0] * stride * sizeof *known);
-    memcpy(known_max + rows[0], max + rows[0], n[0] * sizeof *known);
-    memcpy(known_sum + rows[0], sum + rows[0], n[0] * sizeof *known);
-    size_t r = rows[1];
-    c->model->kernels->merge((int)n[1], known_max + r, known_sum + r, known + r * stride, max + r, sum + r,
-                             part + r * stride, c->head_stride);
+    memcpy(known.out + rows[0] * stride, part.out + rows[0] * stride, n[0] * stride * sizeof(float));
+    memcpy(known.max + rows[0], part.max + rows[0], n[0] * sizeof(float));
+    memcpy(known.sum + rows[0], part.sum + rows[0], n[0] * sizeof(float));
+    const size_t r = rows[1];
+    const llm__kernel_attended known_rest = {known.out + r * stride, known.max + r, known.sum + r},
+                               part_rest = {part.out + r * stride, part.max + r, part.sum + r};
+    c->model->kernels->merge((int)n[1], c->head_stride, known_rest, part_rest);
 }
 
 /* Is each head packed as soon as it is computed? Its length must be a multiple of half a line. With ranks it must be a
@@ -17055,18 +17096,17 @@ static void llm__attn_gather_queries(const llm__cpu_context *c, int index, llm__
     }
 }
 
-static void llm__attn_end(const llm__cpu_context *c, const llm__attn_work *a, const float *known) {
+static void llm__attn_end(const llm__cpu_context *c, const llm__attn_work *a, llm__kernel_attended known) {
     const llm__kernels *kernels = c->model->kernels;
     const llm__fwd_rows *out = &c->attention;
     size_t stride = (size_t)c->head_stride;
-    const float *sums = known + (size_t)a->padded * (stride + 1);
     int n = c->model->shape.head_dim;
     for (int i = 0; i < a->n; i++) {
         size_t row = (size_t)(a->first_row + i / a->group);
-        const float *from = known + (size_t)i * stride;
+        const float *from = known.out + (size_t)i * stride;
         int column = (c->model->heads.first + a->first_head + i % a->group) * n;
-        if (a->packs) kernels->pack_scale(from, 1.0f / sums[i], n, n, llm__fwd_lines_of(c, out, row), column);
-        else kernels->scale(from, 1.0f / sums[i], n, c->round, out->x + row * out->stride + column);
+        if (a->packs) kernels->pack_scale(from, 1.0f / known.sum[i], n, n, llm__fwd_lines_of(c, out, row), column);
+        else kernels->scale(from, 1.0f / known.sum[i], n, c->round, out->x + row * out->stride + column);
     }
 }
 
@@ -17074,12 +17114,12 @@ static void llm__attn_end(const llm__cpu_context *c, const llm__attn_work *a, co
 static void llm__attn_run(const llm__cpu_context *c, int index, int layer, int head, const llm__fwd_batch *batch,
                           llm__fwd_queries queries) {
     llm__attn_work a;
-    float *part = llm__attn_start(c, index, layer, head, batch, queries, &a),
-          *known = part + llm__attn_partial_floats(c, a.padded);
+    float *part = llm__attn_start(c, index, layer, head, batch, queries, &a);
+    const llm__kernel_attended known = llm__attn_result(c, &a, part + llm__attn_partial_floats(c, a.padded));
     llm__attn_gather_queries(c, index, &a);
     for (int first = llm__attn_first_chunk(c, &a); first < llm__attn_end_of_keys(c, &a); first += LLM__CHUNK) {
         llm__attn_chunk(c, &a, first, part);
-        llm__attn_join_chunk(c, &a, first, part, known);
+        llm__attn_join_chunk(c, &a, first, llm__attn_result(c, &a, part), known);
     }
     llm__attn_end(c, &a, known);
 }
@@ -17099,11 +17139,12 @@ static void llm__attn_split(llm__team_worker *w, const llm__cpu_context *c, int 
     }
     llm__team_finish(w);
     for (int piece; (piece = llm__team_take(w, n_pieces)) >= 0;) {
-        float *known = llm__attn_start(c, index, layer, piece % n_heads, batch, batch->queries[piece / n_heads], &a);
-        const float *part = c->partials + (size_t)piece * c->partial_floats;
+        float *at = llm__attn_start(c, index, layer, piece % n_heads, batch, batch->queries[piece / n_heads], &a),
+              *part = c->partials + (size_t)piece * c->partial_floats;
+        const llm__kernel_attended known = llm__attn_result(c, &a, at);
         for (int first = llm__attn_first_chunk(c, &a); first < llm__attn_end_of_keys(c, &a);
              first += LLM__CHUNK, part += (size_t)n_pieces * c->partial_floats)
-            llm__attn_join_chunk(c, &a, first, part, known);
+            llm__attn_join_chunk(c, &a, first, llm__attn_result(c, &a, part), known);
         llm__attn_end(c, &a, known);
     }
     llm__team_finish(w);
@@ -17192,11 +17233,13 @@ static void llm__fwd_score_columns(const llm__cpu_context *c, int index, int par
         const llm__fwd_product p = {&columns, &some, LLM__STORE, logits, stride};
         for (int tile = 0; tile < n_tiles; tile += LLM__PANEL_TILES) {
             int n_panel = n_tiles - tile < LLM__PANEL_TILES ? n_tiles - tile : (int)LLM__PANEL_TILES;
-            llm__linear_panel(c, index, &p, tile, n_panel, 0, rows);
+            const llm__fwd_piece piece = {0, rows, tile, n_panel};
+            llm__linear_panels(c, index, &p, piece);
         }
     } else {
         memset(logits, 0, (size_t)rows * stride * sizeof(float));
-        llm__fwd_tile_sums(c, m, first / 16, n_tiles, &c->normed, first_row, rows, logits, stride);
+        const llm__fwd_piece piece = {first_row, rows, first / 16, n_tiles};
+        llm__fwd_tile_sums(c, m, &c->normed, piece, logits, stride);
     }
     for (int r = 0; r < rows; r++) {
         size_t at = (row + (size_t)r) * (size_t)n_parts + (size_t)(c->model->vocab.first / LLM__COLUMNS + part);
@@ -17221,8 +17264,9 @@ static float llm__fwd_log_prob(const llm__cpu_context *c, int row, llm_token tok
     int n_parts = llm__fwd_n_columns(c->model);
     const float *maxima = c->column_max + (size_t)row * (size_t)n_parts;
     const float *sums = c->column_sum + (size_t)row * (size_t)n_parts;
+    const llm__fwd_piece piece = {row, 1, token / 16, 1};
     float logits[16] = {0};
-    llm__fwd_tile_sums(c, m, token / 16, 1, &c->normed, row, 1, logits, 16);
+    llm__fwd_tile_sums(c, m, &c->normed, piece, logits, 16);
     return (float)((double)logits[token % 16] - llm__fwd_log_total(maxima, sums, n_parts));
 }
 
@@ -26951,12 +26995,21 @@ static llm__sampler_choice llm__sampler_choose_one(llm__sampler_choice c, llm_to
     return c;
 }
 
-/* The choice for the token after `tokens`, from its logits. The first answer_begin tokens are no part of the answer.
-   XTC uses one of the sampler's random numbers here. Valid until the next choice with this scratch. */
+/* A text and what follows it. The first answer_begin tokens are no part of the answer. */
+typedef struct llm__sampler_text {
+    const llm_token *tokens;
+    int n_tokens, answer_begin;
+    const float *logits; /* for the next token */
+    llm_grammar *grammar;
+} llm__sampler_text;
+
+/* The choice for the next token. XTC uses one of the sampler's random numbers here. Valid until the next choice with
+   this scratch. */
 static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const llm__sampler_scratch *scratch,
-                                               const float *logits, const llm_token *tokens, int n_tokens,
-                                               int answer_begin, llm_sampler *sampler, llm_grammar *grammar,
-                                               llm_error *err) {
+                                               llm__sampler_text text, llm_sampler *sampler, llm_error *err) {
+    const llm_token *tokens = text.tokens;
+    const float *logits = text.logits;
+    int n_tokens = text.n_tokens, answer_begin = text.answer_begin;
     const llm__kernels *kernels = ctx->model->kernels;
     int n_vocab = ctx->model->shape.n_vocab;
     float *p = scratch->probabilities;
@@ -26964,7 +27017,7 @@ static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const llm__samp
     bool greedy = llm__sampler_is_greedy(sampler), sigma = llm__sampler_has_sigma(sampler) && !greedy;
     choice.status = llm__sampler_check_lists(sampler, err);
     if (choice.status) return choice;
-    if (sampler->n_biases > 0 || llm__sampler_has_penalty(sampler) || sigma || sampler->mask || grammar) {
+    if (sampler->n_biases > 0 || llm__sampler_has_penalty(sampler) || sigma || sampler->mask || text.grammar) {
         logits = (const float *)memcpy(p, logits, (size_t)n_vocab * sizeof *p);
         for (int i = 0; i < sampler->n_biases; i++) {
             llm_token token = sampler->biases[i].token;
@@ -26986,7 +27039,7 @@ static llm__sampler_choice llm__sampler_choose(llm_context *ctx, const llm__samp
             sampler->mask(sampler->mask_user, tokens, n_tokens, p, n_vocab);
             llm__ctx_end_callback(ctx);
         }
-        if (grammar) choice.status = llm__gram_apply(grammar, tokens, n_tokens, p, n_vocab, err);
+        if (text.grammar) choice.status = llm__gram_apply(text.grammar, tokens, n_tokens, p, n_vocab, err);
         if (choice.status) return choice;
     }
     choice.best = llm__sampler_argmax(kernels, logits, n_vocab, scratch->maxima);
@@ -27024,9 +27077,9 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
     memset(&greedy, 0, sizeof greedy);
     if (!sampler) sampler = &greedy;
     if (!logits || LLM__ENTER(ctx, NULL)) return -1;
-    llm__sampler_choice choice =
-        llm__sampler_choose(ctx, ctx->scratch, logits, llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq),
-                            sampler->answer_begin, sampler, NULL, NULL);
+    const llm__sampler_text text = {llm_seq_tokens(ctx, seq), llm_seq_length(ctx, seq), sampler->answer_begin, logits,
+                                    NULL};
+    llm__sampler_choice choice = llm__sampler_choose(ctx, ctx->scratch, text, sampler, NULL);
     return choice.n ? llm__sampler_draw_choice(&choice, sampler) : -1;
 }
 
@@ -27339,9 +27392,9 @@ static llm_status llm__spec_draw_checked(llm__spec *sp, const llm__sampler_scrat
         int n_more; /* this only lets the grammar read the text */
         return llm__gram_find_forced(sp->grammar, llm_seq_tokens(sp->ctx, sp->seq), length, 0, NULL, 0, &n_more, err);
     }
-    llm__sampler_choice choice =
-        llm__sampler_choose(sp->ctx, scratch, llm_logits(sp->ctx, first + row), llm_seq_tokens(sp->ctx, sp->seq),
-                            length, sp->answer_begin, sp->sampler, sp->grammar, err);
+    const llm__sampler_text text = {llm_seq_tokens(sp->ctx, sp->seq), length, sp->answer_begin,
+                                    llm_logits(sp->ctx, first + row), sp->grammar};
+    llm__sampler_choice choice = llm__sampler_choose(sp->ctx, scratch, text, sp->sampler, err);
     if (choice.status) return choice.status;
     if (row < sp->n_checked && g->has_q && !llm__sampler_is_greedy(sp->sampler)) {
         *right = llm__sampler_random(sp->sampler) * g->q[row][guess] < llm__spec_choice_p(&choice, guess);
@@ -27464,9 +27517,9 @@ static void llm__draft_model_drop_unknown(llm__sampler_choice *c, int n_known) {
 static bool llm__draft_model_draw(llm__draft_model *d, int seq, const float *logits, llm_sampler *sampler,
                                   llm_grammar *grammar, llm_draft_guesses *g) {
     int n_known = d->target->model->shape.n_vocab;
-    llm__sampler_choice choice =
-        llm__sampler_choose(d->ctx, d->ctx->scratch, logits, llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq),
-                            sampler->answer_begin, sampler, grammar, NULL);
+    const llm__sampler_text text = {llm_seq_tokens(d->ctx, seq), llm_seq_length(d->ctx, seq), sampler->answer_begin,
+                                    logits, grammar};
+    llm__sampler_choice choice = llm__sampler_choose(d->ctx, d->ctx->scratch, text, sampler, NULL);
     float *q = g->q[g->n];
     if (choice.n && n_known < choice.n_vocab) llm__draft_model_drop_unknown(&choice, n_known);
     if (!choice.n) return false;
@@ -30113,16 +30166,16 @@ LLM__INLINE float v_hmax(V a) {
 
 /* Multiplies ROWS rows at once, so that each weight is loaded once for all of them. ROWS is a constant after inlining.
    Names of such parameters are in capitals. */
-LLM__INLINE void LLM__FN(float_rows)(const int ROWS, const bool HALF, const float *x, size_t x_stride, const void *w,
-                                     int k, float *y, size_t y_stride) {
+LLM__INLINE void LLM__FN(float_rows)(const int ROWS, const bool HALF, llm__kernel_product p) {
+    const void *w = p.tiles;
     V sum[LLM__MOST_ROWS];
-    LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_load(y + (size_t)r * y_stride);
-    for (int i = 0; i < k; i++) {
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] = v_load(p.y + (size_t)r * p.y_stride);
+    for (int i = 0; i < p.k; i++) {
         V wi = HALF ? v_half((const uint16_t *)w + (size_t)i * 16) : v_load((const float *)w + (size_t)i * 16);
         LLM__UNROLL for (int r = 0; r < ROWS; r++) sum[r] =
-            v_fma(v_splat(x[(size_t)r * x_stride + (size_t)i]), wi, sum[r]);
+            v_fma(v_splat(p.x[(size_t)r * p.x_stride + (size_t)i]), wi, sum[r]);
     }
-    LLM__UNROLL for (int r = 0; r < ROWS; r++) v_store(y + (size_t)r * y_stride, sum[r]);
+    LLM__UNROLL for (int r = 0; r < ROWS; r++) v_store(p.y + (size_t)r * p.y_stride, sum[r]);
 }
 
 /* Weight J of eight (J = 0 .. 7) for the 16 rows of a tile, as floats. */
@@ -30250,29 +30303,37 @@ enum { LLM__FN(inputs) = 32 };
 
 #endif
 
-/* The sums over one block of TILES tiles, which are w_next bytes apart. Even and odd weights are two chains of sums.
-   With several rows the products take so long that the hardware prefetcher falls behind. So we prefetch 16 KiB ahead
-   into the L2 cache; 4 rows of bf16 then take as long as one (Zen 4, two cores). Integers also take longer: for them we
-   prefetch 8 KiB ahead, and 2 KiB ahead into the L1 cache (a tenth faster on Granite Rapids). */
+/* Rows of activations, and blocks of tiles that are w_next bytes apart. */
+typedef struct LLM__FN(operands) {
+    const v_input *x;
+    size_t x_stride;
+    const uint8_t *w;
+    size_t w_next;
+} LLM__FN(operands);
+
+/* The sums over one block of TILES tiles. Even and odd weights are two chains of sums. With several rows the products
+   take so long that the hardware prefetcher falls behind. So we prefetch 16 KiB ahead into the L2 cache; 4 rows of bf16
+   then take as long as one (Zen 4, two cores). Integers also take longer: for them we prefetch 8 KiB ahead, and 2 KiB
+   ahead into the L1 cache (a tenth faster on Granite Rapids). */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE,
-                                const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, V *sum) {
+                                LLM__FN(operands) in, V *sum) {
     const int QUARTER = LLM__FN(inputs) / 4,
               AT_ONCE = ROWS * TILES < 4 || LLM__BLOCK_STEP > QUARTER ? QUARTER : LLM__BLOCK_STEP;
     V even[LLM__MOST_ROWS], odd[LLM__MOST_ROWS], we[2], wo[2];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
     const size_t bytes = WIDE ? 1024 : llm__kernel_block_bytes[KIND], quarter = bytes / 256 * 64,
                  fetched = WIDE ? 0 : quarter, later = KIND == LLM__W_BF16 ? 16384 : 8192;
-    for (const uint8_t *end = w + 4 * quarter; w < end; w += quarter, x += LLM__FN(inputs) / 4) {
+    for (const uint8_t *end = in.w + 4 * quarter; in.w < end; in.w += quarter, in.x += LLM__FN(inputs) / 4) {
         LLM__UNROLL for (size_t line = 0; line < fetched; line += 64) {
-            __builtin_prefetch(w + line + later, 0, 2);
-            if (KIND != LLM__W_BF16) __builtin_prefetch(w + line + 2048);
+            __builtin_prefetch(in.w + line + later, 0, 2);
+            if (KIND != LLM__W_BF16) __builtin_prefetch(in.w + line + 2048);
         }
         for (int first = 0; first < QUARTER; first += AT_ONCE)
             LLM__UNROLL for (int j = first; j < first + AT_ONCE; j += 2) {
                 LLM__UNROLL for (int t = 0; t < TILES; t++)
-                    LLM__FN(weights)(KIND, WIDE, w + (size_t)t * w_next, j, &we[t], &wo[t]);
+                    LLM__FN(weights)(KIND, WIDE, in.w + (size_t)t * in.w_next, j, &we[t], &wo[t]);
                 LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
-                    const v_input *xj = x + (size_t)(i / TILES) * x_stride + j;
+                    const v_input *xj = in.x + (size_t)(i / TILES) * in.x_stride + j;
                     even[i] = v_dot(xj[0], we[i % TILES], even[i]);
                     odd[i] = v_dot(xj[1], wo[i % TILES], odd[i]);
                 }
@@ -30283,63 +30344,73 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weig
 
 /* Adds the sums over n blocks to totals[ROWS][TILES]. */
 LLM__INLINE void LLM__FN(blocks)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE,
-                                 const v_input *x, size_t x_stride, const uint8_t *w, size_t w_next, int n, V *totals) {
+                                 LLM__FN(operands) in, int n, V *totals) {
     const size_t bytes = WIDE ? 1024 : llm__kernel_block_bytes[KIND];
     V total[LLM__MOST_ROWS], sum[LLM__MOST_ROWS];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) total[i] = totals[i];
-    for (int b = 0; b < n; b++, x += LLM__FN(inputs), w += bytes) {
-        LLM__FN(block)(ROWS, TILES, KIND, WIDE, x, x_stride, w, w_next, sum);
+    for (int b = 0; b < n; b++, in.x += LLM__FN(inputs), in.w += bytes) {
+        LLM__FN(block)(ROWS, TILES, KIND, WIDE, in, sum);
         LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) total[i] = v_add(total[i], sum[i]);
     }
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) totals[i] = total[i];
 }
 
-/* Up to LLM__RUN_TILES tiles. */
-LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__weight_type KIND, const float *x, size_t x_stride,
-                                     const uint8_t *w, size_t tile_bytes, int n, int k, float *y, size_t y_stride) {
+/* The first LLM__RUN_TILES tiles, or all if there are fewer. */
+LLM__INLINE void LLM__FN(block_rows)(const int ROWS, const llm__weight_type KIND, llm__kernel_product p,
+                                     size_t tile_bytes) {
     const size_t bytes = llm__kernel_block_bytes[KIND];
+    const int n = p.n_tiles < LLM__RUN_TILES ? p.n_tiles : (int)LLM__RUN_TILES;
     V total[LLM__RUN_TILES][LLM__MOST_ROWS];
     for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) total[t][r] =
-            KIND == LLM__W_INT8 ? v_splat(0) : v_load(y + (size_t)r * y_stride + 16 * t);
+            KIND == LLM__W_INT8 ? v_splat(0) : v_load(p.y + (size_t)r * p.y_stride + 16 * t);
     }
-    for (int i = 0; i < k; i += LLM__RUN_K) {
-        int some = k - i < LLM__RUN_K ? k - i : (int)LLM__RUN_K;
+    for (int i = 0; i < p.k; i += LLM__RUN_K) {
+        int some = p.k - i < LLM__RUN_K ? p.k - i : (int)LLM__RUN_K;
 #if defined(LLM__USE_BF16)
         uint32_t pairs[LLM__MOST_ROWS][LLM__RUN_K / 2] __attribute__((aligned(64)));
-        for (int r = 0; r < ROWS; r++) LLM__FN(pair_row)(x + (size_t)r * x_stride + i, some, pairs[r]);
-        const uint32_t *run = pairs[0];
-        const size_t run_stride = LLM__RUN_K / 2;
+        for (int r = 0; r < ROWS; r++) LLM__FN(pair_row)(p.x + (size_t)r * p.x_stride + i, some, pairs[r]);
+        LLM__FN(operands) run = {pairs[0], LLM__RUN_K / 2, p.tiles + (size_t)i / 32 * bytes, 0};
 #else
-        const float *run = x + i;
-        const size_t run_stride = x_stride;
+        LLM__FN(operands) run = {p.x + i, p.x_stride, p.tiles + (size_t)i / 32 * bytes, 0};
 #endif
-        const uint8_t *part = w + (size_t)i / 32 * bytes;
-        for (int t = 0; t < n; t++, part += tile_bytes)
-            LLM__FN(blocks)(ROWS, 1, KIND, false, run, run_stride, part, 0, some / 32, total[t]);
+        for (int t = 0; t < n; t++, run.w += tile_bytes)
+            LLM__FN(blocks)(ROWS, 1, KIND, false, run, some / 32, total[t]);
     }
     for (int t = 0; t < n; t++) {
         LLM__UNROLL for (int r = 0; r < ROWS; r++) {
-            float *yr = y + (size_t)r * y_stride + 16 * t;
-            V scale = v_load((const float *)(const void *)(w + (size_t)(t + 1) * tile_bytes) - 16); /* for int8 */
+            float *yr = p.y + (size_t)r * p.y_stride + 16 * t;
+            V scale = v_load((const float *)(const void *)(p.tiles + (size_t)(t + 1) * tile_bytes) - 16); /* for int8 */
             if (KIND == LLM__W_INT8) total[t][r] = v_add(v_load(yr), v_mul(total[t][r], scale));
             v_store(yr, total[t][r]);
         }
     }
 }
 
-LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__weight_type KIND, const float *x, size_t x_stride,
-                                    const uint8_t *w, int n, int k, float *y, size_t y_stride) {
+LLM__INLINE void LLM__FN(some_rows)(const int ROWS, const llm__weight_type KIND, llm__kernel_product p) {
     const bool FLOATS = KIND == LLM__W_F32 || KIND == LLM__W_F16;
     const size_t block_bytes = llm__kernel_block_bytes[KIND], end_bytes = KIND == LLM__W_INT8 ? 64 : 0;
     const size_t float_bytes = KIND == LLM__W_F16 ? 32 : 64;
-    const size_t tile_bytes = FLOATS ? (size_t)k * float_bytes : (size_t)k / 32 * block_bytes + end_bytes;
+    const size_t tile_bytes = FLOATS ? (size_t)p.k * float_bytes : (size_t)p.k / 32 * block_bytes + end_bytes;
     const int STEP = FLOATS ? 1 : LLM__RUN_TILES;
-    for (int t = 0; t < n; t += STEP, w += (size_t)STEP * tile_bytes, y += 16 * STEP) {
-        int some = n - t < STEP ? n - t : STEP;
-        if (FLOATS) LLM__FN(float_rows)(ROWS, KIND == LLM__W_F16, x, x_stride, w, k, y, y_stride);
-        else LLM__FN(block_rows)(ROWS, KIND, x, x_stride, w, tile_bytes, some, k, y, y_stride);
+    for (; p.n_tiles > 0; p.n_tiles -= STEP, p.tiles += (size_t)STEP * tile_bytes, p.y += 16 * STEP) {
+        if (FLOATS) LLM__FN(float_rows)(ROWS, KIND == LLM__W_F16, p);
+        else LLM__FN(block_rows)(ROWS, KIND, p, tile_bytes);
     }
+}
+
+/* Leaves out the first n rows. */
+LLM__INLINE void LLM__FN(skip_rows)(llm__kernel_product *p, int n) {
+    p->n_rows -= n;
+    p->x += (size_t)n * p->x_stride;
+    p->y += (size_t)n * p->y_stride;
+}
+
+/* Adds the sums over int8 weights, times the scales of their tile, to y. */
+LLM__INLINE void LLM__FN(add_scaled)(const llm__kernel_product *p, float (*sums)[16], const uint8_t *scales) {
+    const V scale = v_load((const float *)(const void *)scales);
+    float *y = p->y;
+    for (int r = 0; r < p->n_rows; r++, y += p->y_stride) v_store(y, v_add(v_load(y), v_mul(v_load(sums[r]), scale)));
 }
 
 #if defined(LLM__STRIP_ROWS)
@@ -30372,14 +30443,14 @@ LLM__INLINE void LLM__FN(strip_chain)(const float *const *rows, size_t k, const 
     }
 }
 
-/* Multiplies all rows by n blocks of a tile. The number of rows is a multiple of LLM__STRIP_ROWS. */
-LLM__TARGET static __attribute__((noinline)) void
-LLM__FN(strip_blocks)(const float *x, size_t x_stride, int rows, const float *w, int n, float *y, size_t y_stride) {
+/* Multiplies all rows by the first n blocks of a tile, which were converted to w. The number of rows is a multiple of
+   LLM__STRIP_ROWS. */
+LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_blocks)(llm__kernel_product p, const float *w, int n) {
     enum { N = LLM__STRIP_ROWS };
-    for (; rows > 0; rows -= N, x += N * x_stride, y += N * y_stride) {
+    for (; p.n_rows > 0; LLM__FN(skip_rows)(&p, N)) {
         const float *from[N];
         LLM__UNROLL for (size_t i = 0; i < N; i++) {
-            from[i] = x + i * x_stride;
+            from[i] = p.x + i * p.x_stride;
             __asm__("" : "+r"(from[i])); /* otherwise gcc would compute them again for each load */
         }
         for (int b = 0; b < n; b++) {
@@ -30387,68 +30458,67 @@ LLM__FN(strip_blocks)(const float *x, size_t x_stride, int rows, const float *w,
             LLM__FN(strip_chain)(from, (size_t)b * 32, w + b * 512, even);
             LLM__FN(strip_chain)(from, (size_t)b * 32 + 1, w + b * 512 + 256, odd);
             LLM__UNROLL for (size_t i = 0; i < N; i++) even[i] =
-                v_add(v_load(y + i * y_stride), v_add(even[i], odd[i]));
-            LLM__UNROLL for (size_t i = 0; i < N; i++) v_store(y + i * y_stride, even[i]);
+                v_add(v_load(p.y + i * p.y_stride), v_add(even[i], odd[i]));
+            LLM__UNROLL for (size_t i = 0; i < N; i++) v_store(p.y + i * p.y_stride, even[i]);
         }
     }
 }
 
-/* Multiplies all rows by all blocks of a tile. */
-LLM__INLINE void LLM__FN(strip_tile)(llm__weight_type kind, const float *x, size_t x_stride, int rows, const uint8_t *w,
-                                     int k, float *y, size_t y_stride) {
+/* Multiplies all rows by all blocks of the first tile. */
+LLM__INLINE void LLM__FN(strip_tile)(llm__kernel_product p) {
     float wide[LLM__STRIP_BLOCKS * 512] __attribute__((aligned(64)));
-    const size_t bytes = llm__kernel_block_bytes[kind];
-    for (int left = k / 32, n; left; left -= n, x += n * 32) {
+    const size_t bytes = llm__kernel_block_bytes[p.kind];
+    for (int left = p.k / 32, n; left; left -= n, p.x += n * 32) {
         n = left < LLM__STRIP_BLOCKS ? left : LLM__STRIP_BLOCKS;
-        for (int b = 0; b < n; b++, w += bytes) {
-            if (kind == LLM__W_BF16) LLM__FN(strip_weights)(LLM__W_BF16, w, wide + b * 512);
-            else LLM__FN(strip_weights)(LLM__W_INT8, w, wide + b * 512);
+        for (int b = 0; b < n; b++, p.tiles += bytes) {
+            if (p.kind == LLM__W_BF16) LLM__FN(strip_weights)(LLM__W_BF16, p.tiles, wide + b * 512);
+            else LLM__FN(strip_weights)(LLM__W_INT8, p.tiles, wide + b * 512);
         }
-        LLM__FN(strip_blocks)(x, x_stride, rows, wide, n, y, y_stride);
+        LLM__FN(strip_blocks)(p, wide, n);
     }
 }
 
 /* A product with weights in bf16 or int8. Sums over int8 weights are scaled before they are added to y. */
-LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__weight_type kind, const float *x,
-                                                                         size_t x_stride, int rows, const uint8_t *w,
-                                                                         int n, int k, float *y, size_t y_stride) {
-    const bool scaled = kind == LLM__W_INT8;
-    const size_t tile_bytes = (size_t)k / 32 * llm__kernel_block_bytes[kind] + (scaled ? 64 : 0);
+LLM__TARGET static __attribute__((noinline)) void LLM__FN(strip_product)(llm__kernel_product p) {
+    const bool scaled = p.kind == LLM__W_INT8;
+    const size_t tile_bytes = (size_t)p.k / 32 * llm__kernel_block_bytes[p.kind] + (scaled ? 64 : 0);
     float sums[LLM__STRIP_MOST][16] __attribute__((aligned(64)));
-    for (int t = 0; t < n; t++, w += tile_bytes, y += 16) {
-        if (scaled) memset(sums, 0, (size_t)rows * sizeof *sums);
-        LLM__FN(strip_tile)(kind, x, x_stride, rows, w, k, scaled ? sums[0] : y, scaled ? 16 : y_stride);
-        if (!scaled) continue;
-        V scale = v_load((const float *)(const void *)(w + tile_bytes) - 16);
-        for (int r = 0; r < rows; r++)
-            v_store(y + r * y_stride, v_add(v_load(y + r * y_stride), v_mul(v_load(sums[r]), scale)));
+    for (; p.n_tiles > 0; p.n_tiles--, p.tiles += tile_bytes, p.y += 16) {
+        llm__kernel_product tile = p;
+        if (scaled) {
+            memset(sums, 0, (size_t)p.n_rows * sizeof *sums);
+            tile.y = sums[0];
+            tile.y_stride = 16;
+        }
+        LLM__FN(strip_tile)(tile);
+        if (scaled) LLM__FN(add_scaled)(&p, sums, p.tiles + tile_bytes - 64);
     }
 }
 
 #endif
 
 /* Multiplies N rows at a time while at least N are left. */
-#define LLM__ROWS_BY(N)                                                    \
-    for (; rows >= (N); rows -= (N), x += (N)*x_stride, y += (N)*y_stride) \
-        LLM__FN(some_rows)((N), KIND, x, x_stride, tiles, n, k, y, y_stride);
+#define LLM__ROWS_BY(N) \
+    for (; p.n_rows >= (N); LLM__FN(skip_rows)(&p, (N))) LLM__FN(some_rows)((N), KIND, p);
 
 /* Multiplies as many rows at once as the registers hold sums for, and the last ones in smaller groups. */
-LLM__INLINE void LLM__FN(product)(const llm__weight_type KIND, const float *x, size_t x_stride, int rows,
-                                  const uint8_t *tiles, int n, int k, float *y, size_t y_stride) {
+LLM__INLINE void LLM__FN(product)(const llm__weight_type KIND, const llm__kernel_product *all) {
     const bool CACHED = KIND != LLM__W_F16;
+    llm__kernel_product p = *all;
 #if defined(LLM__USE_BF16)
-    if (KIND == LLM__W_INT8 && rows == 1) { /* making pairs would cost more than it saves */
-        llm__avx512_product_int8(x, x_stride, rows, tiles, n, k, y, y_stride);
+    if (KIND == LLM__W_INT8 && p.n_rows == 1) { /* making pairs would cost more than it saves */
+        llm__avx512_product_int8(all);
         return;
     }
 #endif
 #if defined(LLM__STRIP_ROWS)
     /* With fewer rows, converting the weights to floats does not pay. */
-    for (int n_rows; (KIND == LLM__W_BF16 || KIND == LLM__W_INT8) && rows >= 2 * LLM__STRIP_ROWS; rows -= n_rows) {
-        n_rows = rows < LLM__STRIP_MOST ? rows / LLM__STRIP_ROWS * LLM__STRIP_ROWS : (int)LLM__STRIP_MOST;
-        LLM__FN(strip_product)(KIND, x, x_stride, n_rows, tiles, n, k, y, y_stride);
-        x += (size_t)n_rows * x_stride;
-        y += (size_t)n_rows * y_stride;
+    while ((KIND == LLM__W_BF16 || KIND == LLM__W_INT8) && p.n_rows >= 2 * LLM__STRIP_ROWS) {
+        llm__kernel_product strip = p;
+        strip.kind = KIND;
+        strip.n_rows = p.n_rows < LLM__STRIP_MOST ? p.n_rows / LLM__STRIP_ROWS * LLM__STRIP_ROWS : (int)LLM__STRIP_MOST;
+        LLM__FN(strip_product)(strip);
+        LLM__FN(skip_rows)(&p, strip.n_rows);
     }
 #endif
     if (LLM__MOST_ROWS > 4) LLM__ROWS_BY(8)
@@ -30459,11 +30529,8 @@ LLM__INLINE void LLM__FN(product)(const llm__weight_type KIND, const float *x, s
 }
 #undef LLM__ROWS_BY
 
-#define LLM__PRODUCT(name, KIND)                                                                                      \
-    LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, int rows, const void *tiles, int n, int k, \
-                                          float *y, size_t y_stride) {                                                \
-        LLM__FN(product)(KIND, x, x_stride, rows, (const uint8_t *)tiles, n, k, y, y_stride);                         \
-    }
+#define LLM__PRODUCT(name, KIND) \
+    LLM__TARGET static void LLM__FN(name)(const llm__kernel_product *p) { LLM__FN(product)(KIND, p); }
 LLM__PRODUCT(product_bf16, LLM__W_BF16)
 LLM__PRODUCT(product_int8, LLM__W_INT8)
 
@@ -30541,34 +30608,39 @@ LLM__INLINE void LLM__FN(widen_group)(const llm__weight_type KIND, const uint8_t
     }
 }
 
-/* total[ROWS][TILES] += the products of one llm__kernel_group of each of ROWS rows with one group of each of TILES
-   tiles, whose numbers and scales are at q, s and d. */
+/* One group of each of some rows, and one of each of some tiles: where their numbers and scales are. */
+typedef struct LLM__FN(group_operands) {
+    const llm__kernel_group *x[LLM__GROUP_ROWS];
+    const uint8_t *q[LLM__GROUP_TILES], *s[LLM__GROUP_TILES], *d;
+} LLM__FN(group_operands);
+
+/* total[ROWS][TILES] += the products of the groups of ROWS rows with those of TILES tiles. */
 LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE, int zero,
-                                const llm__kernel_group *const *x, const uint8_t *const *q, const uint8_t *const *s,
-                                const uint8_t *d, V *total) {
+                                const LLM__FN(group_operands) * in, V *total) {
     const llm__kernel_form FORM = llm__kernel_forms[KIND];
     const int STEP = FORM.sixteen ? 4 : 8, AT_ONCE = WIDE && LLM__GROUP_STEP < STEP ? LLM__GROUP_STEP : STEP;
     LLM__UNROLL for (int h = 0; h < 8 / STEP; h++) {
         v_ints sum[LLM__GROUP_ROWS * LLM__GROUP_TILES];
         V scale[LLM__GROUP_TILES], least[LLM__GROUP_TILES];
         LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
-            const llm__kernel_group *xi = x[i / TILES];
+            const llm__kernel_group *xi = in->x[i / TILES];
             sum[i] = v_splat_int(FORM.minimum ? 0 : -zero * (FORM.sixteen ? xi->halves[h] : xi->n));
         }
         for (int first = h * STEP; first < h * STEP + STEP; first += AT_ONCE)
             LLM__UNROLL for (int j = first; j < first + AT_ONCE; j++) {
                 v_bytes w[LLM__GROUP_TILES];
-                LLM__UNROLL for (int t = 0; t < TILES; t++) w[t] = LLM__FN(numbers)(KIND, WIDE, q[t], j);
+                LLM__UNROLL for (int t = 0; t < TILES; t++) w[t] = LLM__FN(numbers)(KIND, WIDE, in->q[t], j);
                 LLM__UNROLL for (int r = 0; r < ROWS; r++) {
                     int32_t four;
-                    memcpy(&four, x[r]->a + 4 * j, 4);
+                    memcpy(&four, in->x[r]->a + 4 * j, 4);
                     LLM__UNROLL for (int t = 0; t < TILES; t++) sum[r * TILES + t] =
                         v_dot_bytes(LLM__FN(is_signed)(KIND), sum[r * TILES + t], w[t], four);
                 }
             }
-        LLM__UNROLL for (int t = 0; t < TILES; t++) LLM__FN(scales)(KIND, WIDE, s[t], d, h, &scale[t], &least[t]);
+        LLM__UNROLL for (int t = 0; t < TILES; t++)
+            LLM__FN(scales)(KIND, WIDE, in->s[t], in->d, h, &scale[t], &least[t]);
         LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
-            const llm__kernel_group *xi = x[i / TILES];
+            const llm__kernel_group *xi = in->x[i / TILES];
             total[i] = v_fma(v_mul(scale[i % TILES], v_splat(xi->scale)), v_of_ints(sum[i]), total[i]);
             if (FORM.minimum)
                 total[i] =
@@ -30580,61 +30652,66 @@ LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weig
 /* Multiplies a single row by a tile. Prefetches 8 KiB ahead into the L2 cache and 2 KiB ahead into the L1 cache. */
 LLM__INLINE void LLM__FN(group_row)(const llm__weight_type KIND, const llm__kernel_group *x, const uint8_t *tile,
                                     int n_groups, float *y) {
-    const uint8_t *q = tile, *s = q + (size_t)n_groups * LLM__NUMBER_BYTES(KIND),
-                  *d = s + (size_t)n_groups * LLM__SCALE_BYTES(KIND);
+    const uint8_t *scales = tile + (size_t)n_groups * LLM__NUMBER_BYTES(KIND),
+                  *ds = scales + (size_t)n_groups * LLM__SCALE_BYTES(KIND);
+    LLM__FN(group_operands) in;
     V total = v_load(y);
-    for (int g = 0; g < n_groups; g++, x++, q += LLM__NUMBER_BYTES(KIND), s += LLM__SCALE_BYTES(KIND)) {
+    in.x[0] = x;
+    in.q[0] = tile;
+    in.s[0] = scales;
+    for (int g = 0; g < n_groups; g++, in.x[0]++) {
         LLM__UNROLL for (size_t line = 0; line < LLM__NUMBER_BYTES(KIND); line += 64) {
-            __builtin_prefetch(q + line + 8192, 0, 2);
-            __builtin_prefetch(q + line + 2048);
+            __builtin_prefetch(in.q[0] + line + 8192, 0, 2);
+            __builtin_prefetch(in.q[0] + line + 2048);
         }
-        LLM__FN(group)
-        (1, 1, KIND, false, LLM__FN(zero)(KIND), &x, &q, &s, d + (size_t)(g / 8) * LLM__K_BYTES(KIND), &total);
+        in.d = ds + (size_t)(g / 8) * LLM__K_BYTES(KIND);
+        LLM__FN(group)(1, 1, KIND, false, LLM__FN(zero)(KIND), &in, &total);
+        in.q[0] += LLM__NUMBER_BYTES(KIND);
+        in.s[0] += LLM__SCALE_BYTES(KIND);
     }
     v_store(y, total);
 }
 
-/* Multiplies all rows by n widened groups of LLM__GROUP_TILES tiles. A tile without a neighbour is computed twice (then
-   `right` is 0). If too few rows are left, the last row is computed several times. */
-LLM__INLINE void LLM__FN(wide_rows)(const llm__weight_type KIND, int zero, const llm__kernel_group *x, size_t x_stride,
-                                    int rows, const uint8_t *wide, size_t wide_next, int n, float *y, size_t y_stride,
-                                    size_t right) {
+/* Multiplies all rows by the widened groups of LLM__GROUP_TILES tiles, which have room for LLM__GROUPS groups each. A
+   tile without a neighbour is computed twice. If too few rows are left, the last row is computed several times. */
+LLM__INLINE void LLM__FN(wide_rows)(const llm__weight_type KIND, int zero, const llm__kernel_product *p) {
     enum { R = LLM__GROUP_ROWS, T = LLM__GROUP_TILES };
-    for (int row = 0; row < rows; row += R) {
-        const llm__kernel_group *xs[R];
-        const uint8_t *q[T], *s[T];
+    const size_t next = p->n_tiles < T ? 0 : (size_t)LLM__GROUPS * LLM__FN(wide_bytes), right = p->n_tiles < T ? 0 : 16;
+    const int n_rows = p->n_rows, n_groups = p->k / 32;
+    for (int row = 0; row < n_rows; row += R) {
+        LLM__FN(group_operands) in;
         float *ys[R];
         V total[R * T];
+        in.d = NULL;
         LLM__UNROLL for (int r = 0; r < R; r++) {
-            size_t at = (size_t)(row + r < rows ? row + r : rows - 1);
-            xs[r] = x + at * x_stride;
-            ys[r] = y + at * y_stride;
+            size_t at = (size_t)(row + r < n_rows ? row + r : n_rows - 1);
+            in.x[r] = p->groups + at * p->x_stride;
+            ys[r] = p->y + at * p->y_stride;
         }
         LLM__UNROLL for (size_t t = 0; t < T; t++) {
-            q[t] = wide + t * wide_next;
-            s[t] = q[t] + 512;
+            in.q[t] = p->tiles + t * next;
+            in.s[t] = in.q[t] + 512;
         }
         LLM__UNROLL for (int i = 0; i < R * T; i++) total[i] = v_load(ys[i / T] + (size_t)(i % T) * right);
-        for (int g = 0; g < n; g++) {
-            LLM__FN(group)(R, T, KIND, true, zero, xs, q, s, NULL, total);
-            LLM__UNROLL for (int r = 0; r < R; r++) xs[r]++;
-            LLM__UNROLL for (int t = 0; t < T; t++) q[t] += LLM__FN(wide_bytes), s[t] += LLM__FN(wide_bytes);
+        for (int g = 0; g < n_groups; g++) {
+            LLM__FN(group)(R, T, KIND, true, zero, &in, total);
+            LLM__UNROLL for (int r = 0; r < R; r++) in.x[r]++;
+            LLM__UNROLL for (int t = 0; t < T; t++) {
+                in.q[t] += LLM__FN(wide_bytes);
+                in.s[t] += LLM__FN(wide_bytes);
+            }
         }
         LLM__UNROLL for (int i = 0; i < R * T; i++) v_store(ys[i / T] + (size_t)(i % T) * right, total[i]);
     }
 }
 
-LLM__TARGET static __attribute__((noinline)) void
-LLM__FN(wide_product)(llm__weight_type kind, const llm__kernel_group *x, size_t x_stride, int rows, const uint8_t *wide,
-                      size_t wide_next, int n, float *y, size_t y_stride, size_t right) {
-#define LLM__WIDE_ROWS(KIND) \
-    LLM__FN(wide_rows)(KIND, LLM__FN(zero)(kind), x, x_stride, rows, wide, wide_next, n, y, y_stride, right)
-    if (LLM__FN(is_signed)(kind)) LLM__WIDE_ROWS(LLM__W_Q8);
-    else if (kind == LLM__W_Q6_K16) LLM__WIDE_ROWS(LLM__W_Q6_K16);
-    else if (kind == LLM__W_Q4_K16) LLM__WIDE_ROWS(LLM__W_Q4_K16);
-    else if (llm__kernel_forms[kind].minimum) LLM__WIDE_ROWS(LLM__W_Q4_MIN);
-    else LLM__WIDE_ROWS(LLM__W_Q4);
-#undef LLM__WIDE_ROWS
+LLM__TARGET static __attribute__((noinline)) void LLM__FN(wide_product)(const llm__kernel_product *p) {
+    const int zero = LLM__FN(zero)(p->kind);
+    if (LLM__FN(is_signed)(p->kind)) LLM__FN(wide_rows)(LLM__W_Q8, zero, p);
+    else if (p->kind == LLM__W_Q6_K16) LLM__FN(wide_rows)(LLM__W_Q6_K16, zero, p);
+    else if (p->kind == LLM__W_Q4_K16) LLM__FN(wide_rows)(LLM__W_Q4_K16, zero, p);
+    else if (llm__kernel_forms[p->kind].minimum) LLM__FN(wide_rows)(LLM__W_Q4_MIN, zero, p);
+    else LLM__FN(wide_rows)(LLM__W_Q4, zero, p);
 }
 
 LLM__TARGET static __attribute__((noinline)) void LLM__FN(widen_groups)(llm__weight_type kind, const uint8_t *tile,
@@ -30683,24 +30760,24 @@ LLM__FN(row_product)(llm__weight_type kind, const llm__kernel_group *x, const ui
     }
 }
 
-LLM__TARGET static void LLM__FN(group_product)(llm__weight_type kind, const llm__kernel_group *x, size_t x_stride,
-                                               int rows, const uint8_t *tiles, int n, int k, float *y,
-                                               size_t y_stride) {
+LLM__TARGET static void LLM__FN(group_product)(const llm__kernel_product *p) {
     enum { T = LLM__GROUP_TILES };
     uint8_t wide[T][(int)LLM__GROUPS * LLM__FN(wide_bytes)] __attribute__((aligned(64)));
-    const size_t bytes = llm__matrix_tile_bytes(kind, k);
-    const int n_groups = k / 32;
-    for (int t = 0; t < n && rows == 1; t++)
-        LLM__FN(row_product)(kind, x, tiles + (size_t)t * bytes, n_groups, y + 16 * t);
-    for (int t = 0; t < n && rows > 1; t += T) {
-        const int some = n - t < T ? n - t : T;
-        for (int first = 0; first < n_groups; first += LLM__GROUPS) {
-            const int part = n_groups - first < LLM__GROUPS ? n_groups - first : (int)LLM__GROUPS;
-            for (int i = 0; i < some; i++)
-                LLM__FN(widen_groups)(kind, tiles + (size_t)(t + i) * bytes, n_groups, first, part, wide[i]);
-            LLM__FN(wide_product)
-            (kind, x + first, x_stride, rows, wide[0], some < T ? 0 : sizeof *wide, part, y + 16 * t, y_stride,
-             some < T ? 0 : 16);
+    const size_t bytes = llm__matrix_tile_bytes(p->kind, p->k);
+    const int n_groups = p->k / 32;
+    for (int t = 0; t < p->n_tiles && p->n_rows == 1; t++)
+        LLM__FN(row_product)(p->kind, p->groups, p->tiles + (size_t)t * bytes, n_groups, p->y + 16 * t);
+    for (int t = 0; t < p->n_tiles && p->n_rows > 1; t += T) {
+        llm__kernel_product part = *p;
+        part.n_tiles = p->n_tiles - t < T ? p->n_tiles - t : T;
+        part.tiles = wide[0];
+        part.y += 16 * t;
+        for (int first = 0, n; first < n_groups; first += n, part.groups += n) {
+            n = n_groups - first < LLM__GROUPS ? n_groups - first : (int)LLM__GROUPS;
+            part.k = 32 * n;
+            for (int i = 0; i < part.n_tiles; i++)
+                LLM__FN(widen_groups)(p->kind, p->tiles + (size_t)(t + i) * bytes, n_groups, first, n, wide[i]);
+            LLM__FN(wide_product)(&part);
         }
     }
 }
@@ -30748,13 +30825,34 @@ LLM__TARGET static uint32_t LLM__FN(multiply_bytes)(size_t n) {
     return llm__f32_bits(v_sum(total));
 }
 
-#if defined(LLM__USE_BF16) /* everything else is shared with AVX-512 */
+/* ---- Rows ---- A set has a function that writes floats. If the set shares everything else with AVX-512, it has the
+   one that writes packed rows instead. */
+
+#if defined(LLM__USE_BF16)
 #define LLM__SHARED(name) llm__avx512_##name
+
+/* Stores values i .. i + 15 of a row. In the format of the matrix unit, the lines of 16 rows are interleaved and hold
+   their values in order. In the other format a row's lines are contiguous and hold pairs, as pair_row makes them. */
+LLM__INLINE void LLM__FN(store_half)(llm__kernel_lines row, int i, V a) {
+    const __m256i pairs = _mm256_set_epi16(13, 15, 12, 14, 9, 11, 8, 10, 5, 7, 4, 6, 1, 3, 0, 2);
+    __m256i half = (__m256i)_mm512_cvtneps_pbh(a);
+    if (row.step == 64) half = _mm256_permutexvar_epi16(pairs, half);
+    _mm256_storeu_si256((__m256i *)(void *)(row.at + (size_t)i / 32 * row.step + (size_t)i % 32 * 2), half);
+}
+
+/* A packed row that receives results from `column` on. */
+typedef struct LLM__FN(output) {
+    llm__kernel_lines row;
+    int column;
+} LLM__FN(output);
+
+LLM__INLINE void LLM__FN(put)(LLM__FN(output) to, int i, V a, int n) {
+    (void)n;
+    LLM__FN(store_half)(to.row, to.column + i, a);
+}
+
 #else
 #define LLM__SHARED(name) LLM__FN(name)
-
-LLM__PRODUCT(product_f32, LLM__W_F32)
-LLM__PRODUCT(product_f16, LLM__W_F16)
 
 /* Load and store the last, partial vector of a row. Missing elements are zero. */
 LLM__LONG V LLM__FN(load_part)(const float *p, int n) {
@@ -30775,6 +30873,101 @@ LLM__LONG void LLM__FN(store_part)(float *p, V a, int n, bool round) {
     for (int i = 0; i < n; i++) p[i] = f[i];
 }
 
+/* A row of floats that receives results, rounded to bf16 if `round`. */
+typedef struct LLM__FN(output) {
+    float *y;
+    bool round;
+} LLM__FN(output);
+
+/* Stores results from i on, at most n. */
+LLM__INLINE void LLM__FN(put)(LLM__FN(output) to, int i, V a, int n) { LLM__FN(store_part)(to.y + i, a, n, to.round); }
+
+#endif
+
+/* The first n lanes of a; the others are `rest`. */
+LLM__INLINE V LLM__FN(first_lanes)(V a, int n, float rest) {
+    if (n >= 16) return a;
+#if defined(LLM__USE_AVX512)
+    return _mm512_mask_mov_ps(v_splat(rest), (__mmask16)((1u << n) - 1), a);
+#else
+    float f[16];
+    v_store(f, a);
+    for (int i = n; i < 16; i++) f[i] = rest;
+    return v_load(f);
+#endif
+}
+
+LLM__INLINE void LLM__FN(scale_row)(const float *x, float factor, int n, int n_padded, LLM__FN(output) to) {
+    for (int i = 0; i < n_padded; i += 16)
+        LLM__FN(put)(to, i, v_mul(LLM__SHARED(load_part)(x + i, n - i), v_splat(factor)), n_padded - i);
+}
+
+LLM__INLINE void LLM__FN(norm_row)(const float *x, const float *w, int n, float factor, LLM__FN(output) to) {
+    V factors = v_splat(factor);
+    int i = 0;
+    for (; i < n; i += 16) {
+        V xi = v_mul(LLM__SHARED(load_part)(x + i, n - i), factors);
+        LLM__FN(put)(to, i, v_mul(xi, LLM__SHARED(load_part)(w + i, n - i)), 16);
+    }
+    if (i & 16) LLM__FN(put)(to, i, v_splat(0), 16);
+}
+
+/* The results may overwrite the scores. */
+LLM__INLINE void LLM__FN(softmax_row)(const float *s, int n, int padded, float scale, const float *scales,
+                                      LLM__FN(output) to, float *max, float *sum) {
+    V most = v_splat(-3.0e38f), total = v_splat(0), factor = v_splat(scale);
+    int i = 0;
+    for (; i < n; i += 16) most = v_max(most, LLM__FN(first_lanes)(v_load(s + i), n - i, -3.0e38f));
+    *max = v_hmax(most) * scale;
+    const V minus_max = v_splat(-*max);
+    for (i = 0; i < n; i += 16) {
+        V p = LLM__FN(first_lanes)(v_exp2(v_fma(v_load(s + i), factor, minus_max)), n - i, 0);
+        total = v_add(total, p);
+        LLM__FN(put)(to, i, scales ? v_mul(v_round_bf16(p), v_load(scales + i)) : p, 16);
+    }
+    for (; i < padded; i += 16) LLM__FN(put)(to, i, v_splat(0), 16);
+    *sum = v_sum(total);
+}
+
+#if defined(LLM__USE_BF16)
+
+LLM__TARGET static void LLM__FN(pack_scale)(const float *x, float factor, int n, int n_padded, llm__kernel_lines row,
+                                            int column) {
+    const LLM__FN(output) to = {row, column};
+    LLM__FN(scale_row)(x, factor, n, n_padded, to);
+}
+
+LLM__TARGET static void LLM__FN(pack_norm)(const float *x, const float *w, int n, float factor, llm__kernel_lines row) {
+    const LLM__FN(output) to = {row, 0};
+    LLM__FN(norm_row)(x, w, n, factor, to);
+}
+
+LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded, float scale, const float *scales,
+                                              llm__kernel_lines row, float *max, float *sum) {
+    const LLM__FN(output) to = {row, 0};
+    LLM__FN(softmax_row)(s, n, padded, scale, scales, to, max, sum);
+}
+
+#else
+
+LLM__PRODUCT(product_f32, LLM__W_F32)
+LLM__PRODUCT(product_f16, LLM__W_F16)
+
+LLM__TARGET static void LLM__FN(scale)(const float *x, float factor, int n, bool round, float *y) {
+    const LLM__FN(output) to = {y, round};
+    LLM__FN(scale_row)(x, factor, n, n, to);
+}
+
+LLM__TARGET static void LLM__FN(norm)(const float *x, const float *w, int n, float factor, bool round, float *y) {
+    const LLM__FN(output) to = {y, round};
+    LLM__FN(norm_row)(x, w, n, factor, to);
+}
+
+LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum) {
+    const LLM__FN(output) to = {s, round};
+    LLM__FN(softmax_row)(s, n, padded, scale, NULL, to, max, sum);
+}
+
 LLM__TARGET static float LLM__FN(norm_factor)(const float *x, int n, float eps) {
     V squares = v_splat(0);
     for (int i = 0; i < n; i += 16) {
@@ -30782,16 +30975,6 @@ LLM__TARGET static float LLM__FN(norm_factor)(const float *x, int n, float eps) 
         squares = v_fma(xi, xi, squares);
     }
     return (float)(1.0 / llm__math_sqrt(v_sum(squares) / (float)n + eps));
-}
-
-LLM__TARGET static void LLM__FN(norm)(const float *x, const float *w, int n, float factor, bool round, float *y) {
-    V factors = v_splat(factor);
-    int i = 0;
-    for (; i < n; i += 16) {
-        V xi = v_mul(LLM__FN(load_part)(x + i, n - i), factors);
-        LLM__FN(store_part)(y + i, v_mul(xi, LLM__FN(load_part)(w + i, n - i)), 16, round);
-    }
-    if (i & 16) v_store(y + i, v_splat(0));
 }
 
 /* silu(gate) * up */
@@ -30805,25 +30988,6 @@ LLM__TARGET static void LLM__FN(swiglu)(const float *gate_up, int n, bool round,
         V silu = LLM__FN(silu)(v_load(gate_up + 2 * i), v_load(gate_up + 2 * i + 16));
         LLM__FN(store_part)(y + i, silu, n - i, round);
     }
-}
-
-LLM__TARGET static void LLM__FN(softmax)(float *s, int n, int padded, float scale, bool round, float *max, float *sum) {
-    V most = v_splat(-3.0e38f), total = v_splat(0), factor = v_splat(scale);
-    for (int i = n; i % 16; i++) s[i] = -3.0e38f;
-    for (int i = (n + 15) / 16 * 16; i < padded; i++) s[i] = 0;
-    for (int i = 0; i < n; i += 16) most = v_max(most, v_load(s + i));
-    *max = v_hmax(most) * scale;
-    for (int i = 0; i < n; i += 16) {
-        V p = v_exp2(v_fma(v_load(s + i), factor, v_splat(-*max)));
-        if (i + 16 > n) {
-            v_store(s + i, p);
-            for (int j = n > i ? n : i; j < i + 16; j++) s[j] = 0;
-            p = v_load(s + i);
-        }
-        total = v_add(total, p);
-        v_store(s + i, round ? v_round_bf16(p) : p);
-    }
-    *sum = v_sum(total);
 }
 
 /* NaNs are found by comparing integers, because flags such as -ffast-math may remove floating-point checks. */
@@ -30867,32 +31031,26 @@ LLM__TARGET static float LLM__FN(odds)(const float *x, int n, float top, float s
     return v_sum(total);
 }
 
-LLM__TARGET static void LLM__FN(merge)(int rows, float *max, float *sum, float *out, const float *part_max,
-                                       const float *part_sum, const float *part, int n) {
+LLM__TARGET static void LLM__FN(merge)(int rows, int n, llm__kernel_attended known, llm__kernel_attended part) {
     for (int first = 0; first < rows; first += 16) {
         float old_factors[16], new_factors[16];
         int left = rows - first;
-        V old_max = LLM__FN(load_part)(max + first, left), new_max = LLM__FN(load_part)(part_max + first, left);
+        V old_max = LLM__FN(load_part)(known.max + first, left), new_max = LLM__FN(load_part)(part.max + first, left);
         V most = v_max(old_max, new_max), old_factor = v_exp2(v_sub(old_max, most)),
           new_factor = v_exp2(v_sub(new_max, most));
-        V new_sum = v_mul(LLM__FN(load_part)(part_sum + first, left), new_factor);
-        new_sum = v_fma(LLM__FN(load_part)(sum + first, left), old_factor, new_sum);
-        LLM__FN(store_part)(sum + first, new_sum, left, false);
-        LLM__FN(store_part)(max + first, most, left, false);
+        V new_sum = v_mul(LLM__FN(load_part)(part.sum + first, left), new_factor);
+        new_sum = v_fma(LLM__FN(load_part)(known.sum + first, left), old_factor, new_sum);
+        LLM__FN(store_part)(known.sum + first, new_sum, left, false);
+        LLM__FN(store_part)(known.max + first, most, left, false);
         v_store(old_factors, old_factor);
         v_store(new_factors, new_factor);
-        for (int r = 0; r < left && r < 16; r++, out += n, part += n)
+        for (int r = 0; r < left && r < 16; r++, known.out += n, part.out += n)
             for (int i = 0; i < n; i += 16) {
-                V p = v_mul(LLM__FN(load_part)(part + i, n - i), v_splat(new_factors[r]));
-                p = v_fma(LLM__FN(load_part)(out + i, n - i), v_splat(old_factors[r]), p);
-                LLM__FN(store_part)(out + i, p, n - i, false);
+                V out = v_mul(LLM__FN(load_part)(part.out + i, n - i), v_splat(new_factors[r]));
+                out = v_fma(LLM__FN(load_part)(known.out + i, n - i), v_splat(old_factors[r]), out);
+                LLM__FN(store_part)(known.out + i, out, n - i, false);
             }
     }
-}
-
-LLM__TARGET static void LLM__FN(scale)(const float *x, float factor, int n, bool round, float *y) {
-    for (int i = 0; i < n; i += 16)
-        LLM__FN(store_part)(y + i, v_mul(LLM__FN(load_part)(x + i, n - i), v_splat(factor)), n - i, round);
 }
 
 LLM__TARGET static void LLM__FN(add)(float *y, const float *x, int n) {
@@ -30930,11 +31088,12 @@ LLM__TARGET static uint32_t LLM__FN(read)(const void *p, size_t n) {
 }
 
 /* Are all activations finite? */
-LLM__TARGET static bool LLM__FN(are_finite)(const float *x, size_t x_stride, int rows, int k) {
+LLM__TARGET static bool LLM__FN(are_finite)(const llm__kernel_product *p) {
     const V zero = v_splat(0);
+    const float *x = p->x;
     V all = zero;
-    for (int r = 0; r < rows; r++, x += x_stride)
-        for (int i = 0; i < k; i += 16) all = v_fma(v_load(x + i), zero, all);
+    for (int r = 0; r < p->n_rows; r++, x += p->x_stride)
+        for (int i = 0; i < p->k; i += 16) all = v_fma(v_load(x + i), zero, all);
     return !(llm__f32_bits(v_sum(all)) & 0x7FFFFFFF);
 }
 
@@ -30945,6 +31104,12 @@ LLM__TARGET static bool LLM__FN(are_finite)(const float *x, size_t x_stride, int
    with VDPBF16PS. A permutation of four activations gives each weight its own. The term belongs to the sum of the even
    or of the odd k, so for each sum there are four activations of which those of the other sum are 0: both sums get a
    term for every weight, and one of the two terms is 0. */
+
+/* The sums over a block, and the places of its weights, whose lowest bits are those of the next ones. */
+typedef struct LLM__FN(sums_2_4) {
+    V even[LLM__ROWS_2_4 * LLM__TILES_2_4], odd[LLM__ROWS_2_4 * LLM__TILES_2_4];
+    v_ints places[LLM__TILES_2_4];
+} LLM__FN(sums_2_4);
 
 #if defined(LLM__USE_BF16)
 
@@ -30968,146 +31133,136 @@ LLM__INLINE v_ints LLM__FN(stored_pair)(const llm__weight_type KIND, const uint8
     return _mm512_castps_si512(v_pair(LLM__FN(stored)(KIND, w, 0), LLM__FN(stored)(KIND, w, 1)));
 }
 
-/* Adds the terms of four k to the sums. */
-LLM__INLINE void LLM__FN(four_2_4)(const int ROWS, const int TILES, const llm__weight_type KIND, const float *x,
-                                   size_t x_stride, const uint8_t *w, size_t w_next, v_ints *places, V *even, V *odd) {
+/* Adds the terms of the next four k of TILES tiles, whose weights are at p.tiles, to the sums. */
+LLM__INLINE void LLM__FN(four_2_4)(const int ROWS, const int TILES, const llm__weight_type KIND, llm__kernel_product p,
+                                   size_t tile_bytes, LLM__FN(sums_2_4) * sums) {
     v_ints es[LLM__ROWS_2_4], os[LLM__ROWS_2_4];
     LLM__UNROLL for (int r = 0; r < ROWS; r++) {
-        es[r] = LLM__FN(pairs_of_four)(false, x + (size_t)r * x_stride);
-        os[r] = LLM__FN(pairs_of_four)(true, x + (size_t)r * x_stride);
+        es[r] = LLM__FN(pairs_of_four)(false, p.x + (size_t)r * p.x_stride);
+        os[r] = LLM__FN(pairs_of_four)(true, p.x + (size_t)r * p.x_stride);
     }
     LLM__UNROLL for (int t = 0; t < TILES; t++) {
-        const __m512bh pair = (__m512bh)LLM__FN(stored_pair)(KIND, w + (size_t)t * w_next);
+        const __m512bh pair = (__m512bh)LLM__FN(stored_pair)(KIND, p.tiles + (size_t)t * tile_bytes);
         LLM__UNROLL for (int r = 0; r < ROWS; r++) {
-            V *e = &even[r * TILES + t], *o = &odd[r * TILES + t];
-            *e = _mm512_dpbf16_ps(*e, pair, (__m512bh)_mm512_permutexvar_epi32(places[t], es[r]));
-            *o = _mm512_dpbf16_ps(*o, pair, (__m512bh)_mm512_permutexvar_epi32(places[t], os[r]));
+            V *e = &sums->even[r * TILES + t], *o = &sums->odd[r * TILES + t];
+            *e = _mm512_dpbf16_ps(*e, pair, (__m512bh)_mm512_permutexvar_epi32(sums->places[t], es[r]));
+            *o = _mm512_dpbf16_ps(*o, pair, (__m512bh)_mm512_permutexvar_epi32(sums->places[t], os[r]));
         }
-        places[t] = _mm512_srli_epi32(places[t], 4);
+        sums->places[t] = _mm512_srli_epi32(sums->places[t], 4);
     }
 }
 
 #else
 
-LLM__INLINE void LLM__FN(four_2_4)(const int ROWS, const int TILES, const llm__weight_type KIND, const float *x,
-                                   size_t x_stride, const uint8_t *w, size_t w_next, v_ints *places, V *even, V *odd) {
-    LLM__UNROLL for (int t = 0; t < TILES; t++) LLM__UNROLL for (int p = 0; p < 2; p++) {
-        const V weight = LLM__FN(stored)(KIND, w + (size_t)t * w_next, p);
+LLM__INLINE void LLM__FN(four_2_4)(const int ROWS, const int TILES, const llm__weight_type KIND, llm__kernel_product p,
+                                   size_t tile_bytes, LLM__FN(sums_2_4) * sums) {
+    LLM__UNROLL for (int t = 0; t < TILES; t++) LLM__UNROLL for (int i = 0; i < 2; i++) {
+        const V weight = LLM__FN(stored)(KIND, p.tiles + (size_t)t * tile_bytes, i);
         LLM__UNROLL for (int r = 0; r < ROWS; r++) {
-            const float *xr = x + (size_t)r * x_stride;
-            V *e = &even[r * TILES + t], *o = &odd[r * TILES + t];
-            *e = v_fma(v_pick(v_four(false, xr), places[t]), weight, *e);
-            *o = v_fma(v_pick(v_four(true, xr), places[t]), weight, *o);
+            const float *xr = p.x + (size_t)r * p.x_stride;
+            V *e = &sums->even[r * TILES + t], *o = &sums->odd[r * TILES + t];
+            *e = v_fma(v_pick(v_four(false, xr), sums->places[t]), weight, *e);
+            *o = v_fma(v_pick(v_four(true, xr), sums->places[t]), weight, *o);
         }
-        places[t] = v_next_places(places[t]);
+        sums->places[t] = v_next_places(sums->places[t]);
     }
 }
 
 #endif
 
-/* The sums over one block of TILES tiles, which are w_next bytes apart. Prefetches what is `ahead` bytes further. */
-LLM__INLINE void LLM__FN(block_2_4)(const int ROWS, const int TILES, const llm__weight_type KIND, const float *x,
-                                    size_t x_stride, const uint8_t *w, size_t w_next, size_t ahead, V *sum) {
+/* The sums over the next block of TILES tiles. Prefetches what is `ahead` bytes further. */
+LLM__INLINE void LLM__FN(block_2_4)(const int ROWS, const int TILES, const llm__weight_type KIND, llm__kernel_product p,
+                                    size_t tile_bytes, size_t ahead, V *sum) {
     const size_t four_bytes = KIND == LLM__W_BF16_2_4 ? 64 : 32;
-    V even[LLM__ROWS_2_4 * LLM__TILES_2_4], odd[LLM__ROWS_2_4 * LLM__TILES_2_4];
-    v_ints places[LLM__TILES_2_4];
-    LLM__UNROLL for (int t = 0; t < TILES; t++) places[t] = v_load_ints(w + (size_t)t * w_next);
-    LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) even[i] = odd[i] = v_splat(0);
-    w += 64;
-    for (const uint8_t *end = w + 8 * four_bytes; w < end; w += four_bytes, x += 4) {
-        LLM__UNROLL for (int t = 0; t < TILES; t++) __builtin_prefetch(w + (size_t)t * w_next + ahead);
-        LLM__FN(four_2_4)(ROWS, TILES, KIND, x, x_stride, w, w_next, places, even, odd);
+    LLM__FN(sums_2_4) sums;
+    LLM__UNROLL for (int t = 0; t < TILES; t++) sums.places[t] = v_load_ints(p.tiles + (size_t)t * tile_bytes);
+    LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) sums.even[i] = sums.odd[i] = v_splat(0);
+    p.tiles += 64;
+    for (const uint8_t *end = p.tiles + 8 * four_bytes; p.tiles < end; p.tiles += four_bytes, p.x += 4) {
+        LLM__UNROLL for (int t = 0; t < TILES; t++) __builtin_prefetch(p.tiles + (size_t)t * tile_bytes + ahead);
+        LLM__FN(four_2_4)(ROWS, TILES, KIND, p, tile_bytes, &sums);
     }
-    LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) sum[i] = v_add(even[i], odd[i]);
+    LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) sum[i] = v_add(sums.even[i], sums.odd[i]);
 }
 
-/* TILES tiles. Towards their end it prefetches the tiles after them. */
-LLM__INLINE void LLM__FN(rows_2_4)(const int ROWS, const int TILES, const llm__weight_type KIND, const float *x,
-                                   size_t x_stride, const uint8_t *w, size_t tile_bytes, int k, float *y,
-                                   size_t y_stride) {
+/* The first TILES tiles. Towards their end it prefetches the tiles after them. */
+LLM__INLINE void LLM__FN(rows_2_4)(const int ROWS, const int TILES, const llm__weight_type KIND, llm__kernel_product p,
+                                   size_t tile_bytes) {
     const bool SCALED = KIND == LLM__W_INT8_2_4;
-    const uint8_t *scales = w + tile_bytes - 64;
+    const uint8_t *scales = p.tiles + tile_bytes - 64;
     V total[LLM__ROWS_2_4 * LLM__TILES_2_4], sum[LLM__ROWS_2_4 * LLM__TILES_2_4];
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) total[i] =
-        SCALED ? v_splat(0) : v_load(y + (size_t)(i / TILES) * y_stride + i % TILES * 16);
-    for (int i = 0; i < k; i += 32, w += llm__kernel_block_bytes[KIND]) {
-        const size_t skipped = w + LLM__AHEAD_2_4 < scales ? 0 : (size_t)(TILES - 1) * tile_bytes;
-        LLM__FN(block_2_4)(ROWS, TILES, KIND, x + i, x_stride, w, tile_bytes, LLM__AHEAD_2_4 + skipped, sum);
+        SCALED ? v_splat(0) : v_load(p.y + (size_t)(i / TILES) * p.y_stride + i % TILES * 16);
+    for (int i = 0; i < p.k; i += 32, p.x += 32, p.tiles += llm__kernel_block_bytes[KIND]) {
+        const size_t skipped = p.tiles + LLM__AHEAD_2_4 < scales ? 0 : (size_t)(TILES - 1) * tile_bytes;
+        LLM__FN(block_2_4)(ROWS, TILES, KIND, p, tile_bytes, LLM__AHEAD_2_4 + skipped, sum);
         LLM__UNROLL for (int j = 0; j < ROWS * TILES; j++) total[j] = v_add(total[j], sum[j]);
     }
     LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
-        float *to = y + (size_t)(i / TILES) * y_stride + i % TILES * 16;
+        float *to = p.y + (size_t)(i / TILES) * p.y_stride + i % TILES * 16;
         const V scale = v_load((const float *)(const void *)(scales + (size_t)(i % TILES) * tile_bytes));
         v_store(to, SCALED ? v_add(v_load(to), v_mul(total[i], scale)) : total[i]);
     }
 }
 
-LLM__INLINE void LLM__FN(tiles_2_4)(const int ROWS, const llm__weight_type KIND, const float *x, size_t x_stride,
-                                    const uint8_t *w, int n, int k, float *y, size_t y_stride) {
-    const size_t bytes = llm__matrix_tile_bytes(KIND, k);
-    for (; n >= LLM__TILES_2_4; n -= LLM__TILES_2_4, w += LLM__TILES_2_4 * bytes, y += LLM__TILES_2_4 * 16)
-        LLM__FN(rows_2_4)(ROWS, LLM__TILES_2_4, KIND, x, x_stride, w, bytes, k, y, y_stride);
-    if (LLM__TILES_2_4 > 1 && n) LLM__FN(rows_2_4)(ROWS, 1, KIND, x, x_stride, w, bytes, k, y, y_stride);
+LLM__INLINE void LLM__FN(tiles_2_4)(const int ROWS, const llm__weight_type KIND, llm__kernel_product p) {
+    enum { N = LLM__TILES_2_4 };
+    const size_t bytes = llm__matrix_tile_bytes(KIND, p.k);
+    for (; p.n_tiles >= N; p.n_tiles -= N, p.tiles += N * bytes, p.y += N * 16)
+        LLM__FN(rows_2_4)(ROWS, N, KIND, p, bytes);
+    if (N > 1 && p.n_tiles) LLM__FN(rows_2_4)(ROWS, 1, KIND, p, bytes);
 }
 
-#define LLM__FEW_ROWS(name, KIND)                                                                                     \
-    LLM__TARGET static void LLM__FN(name)(const float *x, size_t x_stride, int rows, const void *tiles, int n, int k, \
-                                          float *y, size_t y_stride) {                                                \
-        enum { SOME = LLM__ROWS_2_4 };                                                                                \
-        for (; rows >= SOME; rows -= SOME, x += SOME * x_stride, y += SOME * y_stride)                                \
-            LLM__FN(tiles_2_4)(SOME, KIND, x, x_stride, (const uint8_t *)tiles, n, k, y, y_stride);                   \
-        for (; rows > 0; rows--, x += x_stride, y += y_stride)                                                        \
-            LLM__FN(tiles_2_4)(1, KIND, x, x_stride, (const uint8_t *)tiles, n, k, y, y_stride);                      \
+#define LLM__FEW_ROWS(name, KIND)                                                       \
+    LLM__TARGET static void LLM__FN(name)(llm__kernel_product p) {                      \
+        for (; p.n_rows >= LLM__ROWS_2_4; LLM__FN(skip_rows)(&p, LLM__ROWS_2_4))        \
+            LLM__FN(tiles_2_4)(LLM__ROWS_2_4, KIND, p);                                 \
+        for (; p.n_rows > 0; LLM__FN(skip_rows)(&p, 1)) LLM__FN(tiles_2_4)(1, KIND, p); \
     }
 LLM__FEW_ROWS(few_rows_bf16_2_4, LLM__W_BF16_2_4)
 LLM__FEW_ROWS(few_rows_int8_2_4, LLM__W_INT8_2_4)
 #undef LLM__FEW_ROWS
 
-/* Multiplies many rows: a few blocks at a time become bf16 with all zeros. */
-LLM__TARGET static void LLM__FN(many_rows_2_4)(llm__weight_type kind, const float *x, size_t x_stride, int rows,
-                                               const uint8_t *w, int n, int k, float *y, size_t y_stride) {
-    const bool scaled = kind == LLM__W_INT8_2_4;
+/* Multiplies many rows, up to LLM__STRIP_MOST: a few blocks at a time become bf16 with all zeros. */
+LLM__TARGET static void LLM__FN(many_rows_2_4)(llm__kernel_product p) {
+    const bool scaled = p.kind == LLM__W_INT8_2_4;
     uint8_t wide[LLM__BLOCKS_2_4 * 1024] __attribute__((aligned(64)));
     float sums[LLM__STRIP_MOST][16] __attribute__((aligned(64)));
-    for (int t = 0; t < n; t++, y += 16) {
-        if (scaled) memset(sums, 0, (size_t)rows * sizeof *sums);
-        for (int i = 0, some; i < k; i += some) {
-            some = k - i < LLM__BLOCKS_2_4 * 32 ? k - i : LLM__BLOCKS_2_4 * 32;
-            LLM__FN(unpack)(kind, w, some / 32, wide);
-            w += (size_t)some / 32 * llm__kernel_block_bytes[kind];
-            LLM__FN(product_bf16)(x + i, x_stride, rows, wide, 1, some, scaled ? sums[0] : y, scaled ? 16 : y_stride);
+    for (; p.n_tiles > 0; p.n_tiles--, p.y += 16) {
+        llm__kernel_product part = p;
+        part.kind = LLM__W_BF16;
+        part.n_tiles = 1;
+        part.tiles = wide;
+        if (scaled) {
+            memset(sums, 0, (size_t)p.n_rows * sizeof *sums);
+            part.y = sums[0];
+            part.y_stride = 16;
+        }
+        for (int left = p.k; left > 0; left -= part.k, part.x += part.k) {
+            part.k = left < LLM__BLOCKS_2_4 * 32 ? left : LLM__BLOCKS_2_4 * 32;
+            LLM__FN(unpack)(p.kind, p.tiles, part.k / 32, wide);
+            p.tiles += (size_t)part.k / 32 * llm__kernel_block_bytes[p.kind];
+            LLM__FN(product_bf16)(&part);
         }
         if (!scaled) continue;
-        const V scale = v_load((const float *)(const void *)w);
-        w += 64;
-        for (int r = 0; r < rows; r++) {
-            float *yr = y + (size_t)r * y_stride;
-            v_store(yr, v_add(v_load(yr), v_mul(v_load(sums[r]), scale)));
-        }
+        LLM__FN(add_scaled)(&p, sums, p.tiles);
+        p.tiles += 64;
     }
 }
 
-LLM__TARGET static void LLM__FN(product_2_4)(llm__weight_type kind, const float *x, size_t x_stride, int rows,
-                                             const void *tiles, int n, int k, float *y, size_t y_stride) {
-    if (rows < LLM__UNPACK_2_4 && LLM__SHARED(are_finite)(x, x_stride, rows, k)) {
-        if (kind == LLM__W_BF16_2_4) LLM__FN(few_rows_bf16_2_4)(x, x_stride, rows, tiles, n, k, y, y_stride);
-        else LLM__FN(few_rows_int8_2_4)(x, x_stride, rows, tiles, n, k, y, y_stride);
+LLM__TARGET static void LLM__FN(product_2_4)(const llm__kernel_product *all) {
+    llm__kernel_product p = *all;
+    if (p.n_rows < LLM__UNPACK_2_4 && LLM__SHARED(are_finite)(all)) {
+        if (p.kind == LLM__W_BF16_2_4) LLM__FN(few_rows_bf16_2_4)(p);
+        else LLM__FN(few_rows_int8_2_4)(p);
         return;
     }
-    for (int some; rows > 0; rows -= some, x += (size_t)some * x_stride, y += (size_t)some * y_stride) {
-        some = rows < LLM__STRIP_MOST ? rows : (int)LLM__STRIP_MOST;
-        LLM__FN(many_rows_2_4)(kind, x, x_stride, some, (const uint8_t *)tiles, n, k, y, y_stride);
+    while (p.n_rows > 0) {
+        llm__kernel_product some = p;
+        if (some.n_rows > LLM__STRIP_MOST) some.n_rows = LLM__STRIP_MOST;
+        LLM__FN(many_rows_2_4)(some);
+        LLM__FN(skip_rows)(&p, some.n_rows);
     }
-}
-
-LLM__TARGET static void LLM__FN(product_bf16_2_4)(const float *x, size_t x_stride, int rows, const void *tiles, int n,
-                                                  int k, float *y, size_t y_stride) {
-    LLM__FN(product_2_4)(LLM__W_BF16_2_4, x, x_stride, rows, tiles, n, k, y, y_stride);
-}
-
-LLM__TARGET static void LLM__FN(product_int8_2_4)(const float *x, size_t x_stride, int rows, const void *tiles, int n,
-                                                  int k, float *y, size_t y_stride) {
-    LLM__FN(product_2_4)(LLM__W_INT8_2_4, x, x_stride, rows, tiles, n, k, y, y_stride);
 }
 
 /* The values do not matter, but the lanes must differ. Otherwise the compiler computes only half of them. */
@@ -31130,50 +31285,6 @@ LLM__TARGET static uint32_t LLM__FN(multiply)(size_t n) {
    Each needs activations and weights, and there is one load per cycle. So 4 rows are multiplied by 2 tiles at once: 6
    loads for 8 products. The weights of two tiles are widened once for all rows, in parts that stay in the L1 cache (36
    KB). Meanwhile the next two tiles are prefetched. */
-
-/* Stores values i .. i + 15 of a row. In the format of the matrix unit, the lines of 16 rows are interleaved and hold
-   their values in order. In the other format a row's lines are contiguous and hold pairs, as pair_row makes them. */
-LLM__INLINE void LLM__FN(store_half)(llm__kernel_lines row, int i, V a) {
-    const __m256i pairs = _mm256_set_epi16(13, 15, 12, 14, 9, 11, 8, 10, 5, 7, 4, 6, 1, 3, 0, 2);
-    __m256i half = (__m256i)_mm512_cvtneps_pbh(a);
-    if (row.step == 64) half = _mm256_permutexvar_epi16(pairs, half);
-    _mm256_storeu_si256((__m256i *)(void *)(row.at + (size_t)i / 32 * row.step + (size_t)i % 32 * 2), half);
-}
-
-LLM__TARGET static void LLM__FN(pack_scale)(const float *x, float factor, int n, int n_padded, llm__kernel_lines row,
-                                            int column) {
-    for (int i = 0; i < n_padded; i += 16)
-        LLM__FN(store_half)(row, column + i, v_mul(LLM__SHARED(load_part)(x + i, n - i), v_splat(factor)));
-}
-
-LLM__TARGET static void LLM__FN(pack_norm)(const float *x, const float *w, int n, float factor, llm__kernel_lines row) {
-    V factors = v_splat(factor);
-    int i = 0;
-    for (; i < n; i += 16) {
-        V xi = v_mul(LLM__SHARED(load_part)(x + i, n - i), factors);
-        LLM__FN(store_half)(row, i, v_mul(xi, LLM__SHARED(load_part)(w + i, n - i)));
-    }
-    if (i & 16) LLM__FN(store_half)(row, i, v_splat(0));
-}
-
-LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded, float scale, const float *scales,
-                                              llm__kernel_lines row, float *max, float *sum) {
-    V most = v_splat(-3.0e38f), total = v_splat(0), factor = v_splat(scale);
-    int i = 0, whole = n / 16 * 16;
-    __mmask16 rest = (__mmask16)((1u << (n - whole)) - 1);
-    for (; i < whole; i += 16) most = v_max(most, v_load(s + i));
-    if (rest) most = _mm512_mask_max_ps(most, rest, most, v_load(s + i));
-    *max = v_hmax(most) * scale;
-    const V minus_max = v_splat(-*max);
-    for (i = 0; i < n; i += 16) {
-        V p = v_exp2(v_fma(v_load(s + i), factor, minus_max));
-        if (i == whole) p = _mm512_maskz_mov_ps(rest, p);
-        LLM__FN(store_half)(row, i, scales ? v_mul(v_round_bf16(p), v_load(scales + i)) : p);
-        total = v_add(total, p);
-    }
-    for (; i < padded; i += 16) LLM__FN(store_half)(row, i, v_splat(0));
-    *sum = v_sum(total);
-}
 
 /* Multiplies sums over int8 weights by the scales. */
 LLM__INLINE void LLM__FN(scale_rows)(const llm__kernel_panel *p, int tile, int n_cols, int n, float *sums) {
@@ -31275,7 +31386,8 @@ LLM__TARGET static void LLM__FN(some_pairs)(const llm__kernel_tile_product *p) {
         }
         if (p->ahead) LLM__FN(fetch_ahead)(p->ahead, p->ahead_bytes, row, 4, n_rows);
         if (p->ahead && p->ahead_next) LLM__FN(fetch_ahead)(p->ahead + p->ahead_next, p->ahead_bytes, row, 4, n_rows);
-        LLM__FN(blocks)(4, 2, LLM__W_BF16, true, x, stride, wide[0], sizeof *wide, p->n_blocks, total);
+        const LLM__FN(operands) in = {x, stride, wide[0], sizeof *wide};
+        LLM__FN(blocks)(4, 2, LLM__W_BF16, true, in, p->n_blocks, total);
         LLM__UNROLL for (size_t i = 0; i < 8; i++) v_store(to + i / 2 * to_stride + i % 2 * right, total[i]);
         if (!p->ends) continue;
         int left = p->ended->panel->n_rows - row;
@@ -31474,8 +31586,8 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 
 /* FN is LLM__FN, or LLM__SHARED if the set uses the products of another set. */
 #define LLM__KERNEL_TABLE(FN)                                                                                    \
-    {LLM__SHARED(product_f32), FN(product_bf16),          FN(product_int8),                                      \
-     LLM__SHARED(product_f16), LLM__FN(product_bf16_2_4), LLM__FN(product_int8_2_4)},                            \
+    {LLM__SHARED(product_f32), FN(product_bf16),     FN(product_int8),                                           \
+     LLM__SHARED(product_f16), LLM__FN(product_2_4), LLM__FN(product_2_4)},                                      \
         LLM__FN(group_product), LLM__FN(quantize), LLM__FN(unpack), LLM__SHARED(norm_factor), LLM__SHARED(norm), \
         LLM__SHARED(swiglu), LLM__SHARED(softmax), LLM__SHARED(maxima), LLM__SHARED(odds), LLM__SHARED(merge),   \
         LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope), LLM__SHARED(read),          \

@@ -113,8 +113,18 @@ static void check_group_product(const llm__kernels *k, llm__weight_type kind) {
     }
     random_floats(a, rows * y_stride);
     memcpy(b, a, sizeof a);
-    scalar->group_product(kind, lines[0], (size_t)n_lines, rows, tiles, n_tiles, n, a, (size_t)y_stride);
-    k->group_product(kind, lines[0], (size_t)n_lines, rows, tiles, n_tiles, n, b, (size_t)y_stride);
+    llm__kernel_product p = {.kind = kind,
+                             .n_rows = rows,
+                             .n_tiles = n_tiles,
+                             .k = n,
+                             .groups = lines[0],
+                             .x_stride = (size_t)n_lines,
+                             .y_stride = (size_t)y_stride,
+                             .tiles = tiles,
+                             .y = a};
+    scalar->group_product(&p);
+    p.y = b;
+    k->group_product(&p);
     check_same("group_product", a, b, sizeof a);
 }
 
@@ -138,8 +148,20 @@ static void check_product(const llm__kernels *k, llm__weight_type kind) {
     bool finite = !llm__matrix_is_2_4(kind) || random_int(8) > 0;
     if (!finite)
         x[(int)random_int((uint32_t)rows) * stride + (int)random_int((uint32_t)n)] = random_int(2) ? NAN : INFINITY;
-    scalar->product[full_kind(kind)](x, (size_t)stride, rows, full_tiles, n_tiles, n, a, (size_t)y_stride);
-    k->product[kind](x, (size_t)stride, rows, tiles, n_tiles, n, b, (size_t)y_stride);
+    llm__kernel_product p = {.kind = full_kind(kind),
+                             .n_rows = rows,
+                             .n_tiles = n_tiles,
+                             .k = n,
+                             .x = x,
+                             .x_stride = (size_t)stride,
+                             .y_stride = (size_t)y_stride,
+                             .tiles = full_tiles,
+                             .y = a};
+    scalar->product[p.kind](&p);
+    p.kind = kind;
+    p.tiles = tiles;
+    p.y = b;
+    k->product[kind](&p);
     for (int i = 0; i < rows * y_stride && !finite; i++) /* NaNs may have different bits */
         if (a[i] != a[i] && b[i] != b[i]) b[i] = a[i];
     check_same("product", a, b, sizeof a);
@@ -202,8 +224,9 @@ static void check_rows(const llm__kernels *k) {
             maxima[i][r] = i == 1 ? maxima[0][r] : random_float();
             totals[i][r] = i == 1 ? totals[0][r] : 1 + (float)random_int(100);
         }
-    scalar->merge(rows, maxima[0], totals[0], a, maxima[2], totals[2], w, width);
-    k->merge(rows, maxima[1], totals[1], b, maxima[2], totals[2], w, width);
+    const llm__kernel_attended part = {w, maxima[2], totals[2]};
+    scalar->merge(rows, width, (llm__kernel_attended){a, maxima[0], totals[0]}, part);
+    k->merge(rows, width, (llm__kernel_attended){b, maxima[1], totals[1]}, part);
     check_same("merge", a, b, sizeof a);
     check_same("merge's maxima", maxima[0], maxima[1], (size_t)rows * 4);
     check_same("merge's sums", totals[0], totals[1], (size_t)rows * 4);
@@ -290,6 +313,21 @@ static void check_packs(const llm__kernels *k) {
     assert_true(max[0] == max[1] && sum[0] == sum[1]);
 }
 
+/* y[rows][..y_stride] += products of x[rows][k] with one tile. */
+static void scalar_product(llm__weight_type kind, int rows, int k, const float *x, const uint8_t *from, float *y,
+                           int y_stride) {
+    const llm__kernel_product p = {.kind = kind,
+                                   .n_rows = rows,
+                                   .n_tiles = 1,
+                                   .k = k,
+                                   .x = x,
+                                   .x_stride = (size_t)k,
+                                   .y_stride = (size_t)y_stride,
+                                   .tiles = from,
+                                   .y = y};
+    scalar->product[kind](&p);
+}
+
 /* A panel of up to a hundred rows, and each ending of its sums, compared with scalar products of its tiles. */
 static void check_panel(const llm__kernels *k, llm__weight_type kind) {
     enum { MOST_ROWS = 112, MOST_TILES = 6, MOST_K = 1216, STRIDE = MOST_TILES * 16 + 5 };
@@ -323,7 +361,7 @@ static void check_panel(const llm__kernels *k, llm__weight_type kind) {
             k->unpack(kind, from, n / 32, one);
             check_same("unpack", wide, one, (size_t)n * 32);
         }
-        scalar->product[kind](px, (size_t)n, rows, from, 1, n, sums + 16 * i, (size_t)n_tiles * 16);
+        scalar_product(kind, rows, n, px, from, sums + 16 * i, n_tiles * 16);
     }
     for (int r = 0; r < rows; r++) {
         float *to = expected + r * STRIDE, got[128];
@@ -381,8 +419,7 @@ static void check_tile_product(const llm__kernels *k) {
                                   0,
                                   kind};
     k->tile_product(&p);
-    for (int i = 0; i < cols; i++)
-        scalar->product[kind](x, (size_t)n, rows, tiles + (size_t)i * next, 1, n, b + 16 * i, (size_t)stride);
+    for (int i = 0; i < cols; i++) scalar_product(kind, rows, n, x, tiles + (size_t)i * next, b + 16 * i, stride);
     check_same("tile_product", a, b, (size_t)(rows * stride) * 4);
 }
 
@@ -631,7 +668,16 @@ static void test_blocks(void **state) {
         float y[16] = {0}, held[ROWS][K], exact[K];
         random_floats(x, K);
         scalar->quantize(x, K, lines[0]);
-        scalar->group_product(kind, lines[0], K / 32, 1, tile, 1, K, y, 16);
+        const llm__kernel_product p = {.kind = kind,
+                                       .n_rows = 1,
+                                       .n_tiles = 1,
+                                       .k = K,
+                                       .groups = lines[0],
+                                       .x_stride = K / 32,
+                                       .y_stride = 16,
+                                       .tiles = tile,
+                                       .y = y};
+        scalar->group_product(&p);
         for (size_t r = 0; r < ROWS; r++) {
             double sum = 0, size = 0;
             type->decode(file[r], K, exact);
