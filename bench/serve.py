@@ -22,7 +22,7 @@ class Load:
         self.lock = threading.Lock()
         self.left = args.requests
         self.texts = {}  # the text for each prompt, which must always be the same
-        self.first, self.gaps, self.problems = [], [], []
+        self.first, self.gaps, self.problems, self.changed = [], [], [], []
         self.tokens = self.answered = self.cancelled = 0
 
     def take(self):
@@ -75,7 +75,7 @@ class Load:
             if reason is None:
                 self.problems.append(f"no finish_reason for: {prompt}")
             if self.texts.setdefault(prompt, text) != text:
-                self.problems.append(f"a different text: {prompt} {text!r} instead of {self.texts[prompt]!r}")
+                self.changed.append(f"a different text: {prompt} {text!r} instead of {self.texts[prompt]!r}")
             self.answered += 1
             self.tokens += pieces
             if first is not None:
@@ -85,14 +85,16 @@ class Load:
     def client(self, number):
         rng = random.Random(number)
         url = urllib.parse.urlsplit(self.args.url)
-        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=300)
         while self.take():
+            # A connection of its own for each request, as some servers close one after a number of answers.
+            connection = http.client.HTTPConnection(url.hostname, url.port, timeout=300)
             try:
                 self.request(connection, rng)
             except (OSError, RuntimeError, ValueError, KeyError, http.client.HTTPException) as problem:
-                connection.close()
                 with self.lock:
                     self.problems.append(repr(problem))
+            finally:
+                connection.close()
 
     def run(self):
         threads = [threading.Thread(target=self.client, args=(i,)) for i in range(self.clients)]
@@ -135,13 +137,13 @@ def main():
         ms = [1000 * x for x in (percentile(load.first, .5), percentile(load.first, .99),
                                  percentile(load.gaps, .5), percentile(load.gaps, .99))]
         row = [clients, load.answered, load.cancelled, f"{load.answered / load.seconds:.1f}", f"{load.tokens / load.seconds:.0f}",
-               *(f"{x:.1f}" for x in ms), len(load.problems)]
+               *(f"{x:.1f}" for x in ms), len(load.problems) + len(load.changed)]
         if args.pid:
             row += [f"{before:.0f}", f"{resident(args.pid):.0f}"]
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
-        for problem in load.problems[:5]:
+        for problem in (load.problems + load.changed)[:5]:
             print("  " + problem)
-        problems += len(load.problems)
+        problems += len(load.problems) + len(load.changed)
         if load.answered + load.cancelled + len(load.problems) < args.requests:
             problems += 1
             print("  some requests were never answered")
