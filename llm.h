@@ -375,7 +375,8 @@
         24 Generation: Bursts
         25 Streams: Beginning . A pass . After the pass . What hosts call
         26 Scoring: Text . The batch being filled . The packed schedule . Rectangles . llm_score
-        27 Kernel text: Products of many rows . Products with groups . Products with 2:4 . Products on the matrix unit
+        27 Kernel text: Products of many rows . Products with groups . Rows . Products with 2:4 . Products on the matrix
+               unit
 */
 #ifndef LLM_H
 #define LLM_H
