@@ -358,9 +358,8 @@ test-harness: build/venv/harness build/hellaswag
 	$(MAKE) server $(filter $(SMOLLM2),$(MODEL))
 	build/venv/bin/python tests/harness.py build/server build/hellaswag $(MODEL) $(firstword $(wildcard $(LLM_DATA)/hellaswag_val_full.txt*))
 
-build/venv/harness: Makefile
-	python3 -m venv build/venv
-	build/venv/bin/pip install -q 'lm-eval[api]==0.4.13' transformers==5.24.0 gguf
+build/venv/harness: build/venv/ready
+	build/venv/bin/pip install -q 'lm-eval[api]==0.4.13' transformers==5.24.0
 	touch $@
 
 build/venv/openai: Makefile

@@ -6239,8 +6239,8 @@ typedef struct llm__jinja_value {
         struct llm__jinja_loop *loop;
         struct {
             const struct llm__jinja_node *node;
-            struct llm__jinja_scope *
-                *scope; /* of a call block: what its body sees, NULL after the block; NULL: a macro */
+            /* NULL: a macro. Otherwise a call block; *scope is what its body sees, and NULL after the block. */
+            struct llm__jinja_scope **scope;
         } macro;
         llm__str name; /* LLM__J_UNDEFINED: the name that is undefined, for messages; LLM__J_METHOD */
     } u;
@@ -6575,8 +6575,7 @@ enum { LLM__JINJA_FILTERS(X) LLM__JF_END };
 #define LLM__JINJA_TESTS(X)                                                                                     \
     X(defined) X(undefined) X(none) X(string) X(mapping) X(sequence) X(iterable) X(number) X(integer) X(float)  \
     X(boolean) X(true) X(false) X(equalto) X(eq) X(ne) X(gt) X(greaterthan) X(ge) X(lt) X(lessthan) X(le) X(in) \
-    X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(escaped) X(filter) X(test) X(lower)  \
-    X(upper)
+    X(even) X(odd) X(divisibleby) X(callable) X(sameas) X(escaped) X(filter) X(test) X(lower) X(upper)
 #define X(name) #name,
 static const char *const llm__jinja_tests[] = {LLM__JINJA_TESTS(X) NULL};
 #undef X
@@ -11858,7 +11857,7 @@ typedef struct llm__hftok_lists {
     size_t n_tokens, token_room, n_merges, merge_room;
 } llm__hftok_lists;
 
-/* Most entries of these lists take 32 bytes of the file or less. */
+/* How many entries to allocate first. Most take fewer than 32 bytes of the file; the array grows if there are more. */
 static size_t llm__hftok_room(const llm__json_reader *r) { return (size_t)(r->end - r->at) / 32 + 1; }
 
 static void llm__hftok_read_vocab(llm__json_reader *r, llm__hftok_lists *lists, int depth) {
@@ -13642,7 +13641,8 @@ typedef struct llm__kernel_attended {
 typedef struct llm__kernels {
     const char *name;
     llm__kernel_product_fn *product[LLM__W_Q4], *group_product; /* one for each kind, and one for all in groups */
-    /* Makes k / 32 groups from a row of k activations. If one of these is NaN or infinite, all scales are NaN. */
+    /* Makes k / 32 groups from a row of k activations. If an activation is NaN or infinite, all groups of the row get
+       the scale NaN. */
     void (*quantize)(const float *x, int k, llm__kernel_group *lines);
     /* Converts blocks of an int8 or 2:4 tile to bf16, in the order of bf16's tiles. */
     void (*unpack)(llm__weight_type kind, const uint8_t *w, int n_blocks, uint8_t *to);
@@ -20998,6 +20998,8 @@ typedef struct llm__calibration {
     llm_importance *made;
     llm_context *ctx; /* freed with or without success */
     llm__pool pool;   /* given to `made` after a success */
+    bool has_bos;     /* each piece begins with the token BOS */
+    size_t step;      /* tokens of the text in a piece */
     size_t n_pieces, n_done;
 } llm__calibration;
 
@@ -21033,17 +21035,14 @@ static llm_token *llm__calibrate_encode(llm__env *env, const llm__calibration *c
 
 /* Runs the model over a text, one piece at a time. */
 static void llm__calibrate_run(llm__env *env, llm__calibration *c, const llm_token *tokens, size_t n) {
-    const llm_tokenizer *t = c->model->tokenizer;
-    const bool has_bos = t->add_bos && t->bos != LLM__NONE;
-    const size_t piece = (size_t)c->ctx->desc.n_ctx, step = piece - has_bos;
-    llm_token *ids = (llm_token *)llm__alloc(env, piece, sizeof *ids);
-    c->n_pieces = (n + step - 1) / step;
+    llm_token *ids = (llm_token *)llm__alloc(env, c->step + c->has_bos, sizeof *ids);
+    c->n_pieces = (n + c->step - 1) / c->step;
     c->ctx->squares = c->made->squares;
-    for (size_t first = 0; first < n; first += step, c->n_done++) {
-        const size_t some = n - first < step ? n - first : step;
-        llm_batch batch = {(int)(some + has_bos), ids, NULL, NULL};
-        ids[0] = t->bos;
-        memcpy(ids + has_bos, tokens + first, some * sizeof *ids);
+    for (size_t first = 0; first < n; first += c->step, c->n_done++) {
+        const size_t some = n - first < c->step ? n - first : c->step;
+        llm_batch batch = {(int)(some + c->has_bos), ids, NULL, NULL};
+        ids[0] = c->model->tokenizer->bos;
+        memcpy(ids + c->has_bos, tokens + first, some * sizeof *ids);
         llm__env_check(env, llm__ctx_forward(c->ctx, &batch, false,
                                              c->desc.host.progress ? llm__calibrate_cancel : NULL, c, env->err));
         llm__cache_truncate(&c->ctx->cache, 0, 0);
@@ -21076,11 +21075,12 @@ static void llm__calibrate_body(llm__env *env, void *arg) {
     memset(&desc, 0, sizeof desc);
     desc.n_ctx = c->desc.n_ctx ? c->desc.n_ctx : model->info.n_ctx_train < 512 ? model->info.n_ctx_train : 512;
     if (desc.n_ctx < 2) llm__fail(env, LLM_ERROR_UNSUPPORTED, "a model for one token at a time cannot read a text");
-    const size_t step = (size_t)desc.n_ctx - (model->tokenizer->add_bos && model->tokenizer->bos != LLM__NONE);
-    if (n_tokens < step)
+    c->has_bos = model->tokenizer->add_bos && model->tokenizer->bos != LLM__NONE;
+    c->step = (size_t)desc.n_ctx - c->has_bos;
+    if (n_tokens < c->step)
         llm__fail(env, LLM_ERROR_ARGUMENT,
                   "the text to calibrate with is too short: it has %llu tokens, a piece needs %llu (n_ctx)",
-                  (unsigned long long)n_tokens, (unsigned long long)step);
+                  (unsigned long long)n_tokens, (unsigned long long)c->step);
     desc.n_batch = desc.n_ctx < 512 ? desc.n_ctx : 512;
     desc.n_threads = c->desc.n_threads;
     desc.host = c->desc.host;

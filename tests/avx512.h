@@ -1,6 +1,6 @@
 /* AVX-512 with AVX512_BF16 and AVX512_VNNI on processors that only have AVX2: most instructions by SIMDe, the others
-   here. Include it before llm.h, which then offers "avx512" and "avx512_bf16" on every machine with AVX2. The arithmetic
-   is that of the hardware. Source: Intel, "Intrinsics Guide". */
+   here. Include it before llm.h, which then offers "avx512" and "avx512_bf16" on every machine with AVX2. The results
+   are those of the hardware. Source: Intel, "Intrinsics Guide". */
 #ifndef AVX512_H
 #define AVX512_H
 
@@ -20,7 +20,8 @@
    instructions are written `__asm__ volatile`, which is not this macro. */
 #define __asm__(...)
 
-/* An instruction that computes each of 16 lanes alone: from lanes `a` of type A lanes `r` of type R. */
+/* Defines an instruction that computes 16 lanes independently: lane i of the result is `value`, which uses a[i], lane i of
+   the argument. */
 #define AVX512_LANES(name, RESULT, R, ARGUMENT, A, value) \
     static inline RESULT name(ARGUMENT from) {            \
         A a[16];                                          \

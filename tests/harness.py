@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Lets the LM evaluation harness score build/server on HellaSwag, and compares the accuracy with that of build/hellaswag.
 
-    make test-harness      or, with lm-eval[api], transformers and gguf:  tests/harness.py SERVER HELLASWAG MODEL DATA [QUESTIONS]
+    make test-harness      or, with the packages named in the Makefile:  tests/harness.py SERVER HELLASWAG MODEL DATA [QUESTIONS]
 
-MODEL is a GGUF file with a byte-level vocabulary. DATA is hellaswag_val_full.txt or its .bz2: for each question the context, the number of
+MODEL is a GGUF file with a byte-level vocabulary that tokenizer/reference.py knows. DATA is hellaswag_val_full.txt or its .bz2: for each question the context, the number of
 the right ending, and four endings, one per line. QUESTIONS is the number of questions (100). The harness asks the server for the
 log-probabilities of given texts (`echo`). Prints TAP.
 """
@@ -15,14 +15,16 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # nothing is downloaded
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars
 
-import gguf  # noqa: E402
+TOP = pathlib.Path(__file__).parent.parent
+sys.path += [str(TOP / "bench"), str(TOP / "tokenizer")]
+
 import lm_eval  # noqa: E402
+import reference  # noqa: E402
+import serve_beside  # noqa: E402
 
 PORT = 18084
 
@@ -37,36 +39,11 @@ def questions(path, n):
 
 def write_tokenizer(model, folder):
     """Writes the vocabulary of a GGUF file as transformers reads it."""
-    fields = gguf.GGUFReader(model).fields
-    pieces, merges = fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.merges"].contents()
-    control = [i for i, kind in enumerate(fields["tokenizer.ggml.token_type"].contents()) if kind == gguf.TokenType.CONTROL]
-    tokenizer = {
-        "version": "1.0", "normalizer": None, "post_processor": None,
-        "added_tokens": [{"id": i, "content": pieces[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                          "special": True} for i in control],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges}}
-    pathlib.Path(folder, "tokenizer.json").write_text(json.dumps(tokenizer))
-    end = pieces[fields["tokenizer.ggml.eos_token_id"].contents()]
+    vocabulary = reference.Vocabulary(model)
+    reference.byte_level(vocabulary).save(str(pathlib.Path(folder, "tokenizer.json")))
+    end = vocabulary.tokens[vocabulary.get("tokenizer.ggml.eos_token_id")]
     pathlib.Path(folder, "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}))
-
-
-def start(server, model):
-    process = subprocess.Popen([server, "-m", model, "-p", str(PORT)], stdout=subprocess.DEVNULL)
-    for _ in range(300):
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=1):
-                return process
-        except OSError:
-            if process.poll() is not None:
-                break
-            time.sleep(.1)
-    process.kill()
-    raise SystemExit(f"{server} did not start")
 
 
 def by_harness(server, model, data, n):
@@ -78,7 +55,7 @@ def by_harness(server, model, data, n):
                 "output_type": "multiple_choice", "validation_split": "validation", "test_split": None, "num_fewshot": 0,
                 "doc_to_text": "{{query}}", "doc_to_target": "{{label}}", "doc_to_choice": "choices",
                 "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]}
-        process = start(server, model)
+        process = serve_beside.start([server, "-m", model, "-p", str(PORT)], PORT)
         try:
             found = lm_eval.simple_evaluate(model="local-completions", tasks=[task], model_args={
                 "model": "any", "base_url": f"http://127.0.0.1:{PORT}/v1/completions", "tokenizer": folder, "num_concurrent": 4,

@@ -21,8 +21,8 @@ most_bytes() {
 
 # Fuzzes one target and saves its exit code.
 fuzz() {
-    "$here/$1" -max_total_time="$seconds" -max_len="$(most_bytes "$1")" -timeout=30 -rss_limit_mb=2000 -print_final_stats=1 -seed="${FUZZ_SEED:-1}" \
-        -dict="$here/corpus/$1.dict" -artifact_prefix="$here/findings/$1-" "$here/corpus/$1" >"$here/$1.log" 2>&1
+    "$here/$1" -max_total_time="$seconds" -max_len="$(most_bytes "$1")" -timeout=30 -rss_limit_mb=2000 -print_final_stats=1 \
+        -seed="${FUZZ_SEED:-1}" -dict="$here/corpus/$1.dict" -artifact_prefix="$here/findings/$1-" "$here/corpus/$1" >"$here/$1.log" 2>&1
     echo $? >"$here/$1.code"
 }
 
