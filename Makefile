@@ -12,15 +12,16 @@ comma := ,
 
 # Every .c file is a program. build/NAME is made with your compiler and flags, build/VARIANT/NAME with these:
 COMPILE_build              = $(CC) $(CFLAGS)
-COMPILE_asan               = clang -O1 -gline-tables-only -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+COMPILE_asan               = clang -O1 -gline-tables-only -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
+                             -fsanitize-ignorelist=tests/asan_ignore.txt
 COMPILE_fuzz               = $(subst =address,=fuzzer$(comma)address,$(COMPILE_asan))
 COMPILE_mpi                = mpicc $(CFLAGS) -DLLM_MPI
 COMPILE_tsan               = gcc -O1 -g -fsanitize=thread
-COMPILE_gcc-O1             = gcc -O1 -DLLM_TEST_COMPILER
-COMPILE_gcc-O3-fast-math   = gcc -O3 -ffast-math -DLLM_TEST_COMPILER
-COMPILE_clang-O1           = clang -O1 -DLLM_TEST_COMPILER
-COMPILE_clang-O2           = clang -O2 -DLLM_TEST_COMPILER
-COMPILE_clang-O3-fast-math = clang -O3 -ffast-math -DLLM_TEST_COMPILER
+COMPILE_gcc-O1             = gcc -O1 -Werror -DLLM_TEST_COMPILER
+COMPILE_gcc-O3-fast-math   = gcc -O3 -ffast-math -Werror -DLLM_TEST_COMPILER
+COMPILE_clang-O1           = clang -O1 -Werror -DLLM_TEST_COMPILER
+COMPILE_clang-O2           = clang -O2 -Werror -DLLM_TEST_COMPILER
+COMPILE_clang-O3-fast-math = clang -O3 -ffast-math -Werror -DLLM_TEST_COMPILER
 COMPILE_aarch64            = aarch64-linux-gnu-gcc -O2 -Werror -static -isystem $(CROSS)/aarch64/include -L$(CROSS)/aarch64/lib
 COMPILE_windows            = x86_64-w64-mingw32-gcc -O2 -Werror -static -isystem $(CROSS)/windows/include -L$(CROSS)/windows/lib
 MATRIX                     = gcc-O1 gcc-O3-fast-math clang-O1 clang-O2 clang-O3-fast-math
@@ -111,12 +112,13 @@ endef
 $(foreach dir,build $(addprefix build/,asan tsan mpi fuzz aarch64 $(MATRIX)),$(eval $(call program,$(dir))))
 $(eval $(call program,build/windows,.exe))
 
-# These programs share it, too. Some sanitizer builds omit the vector kernels, which compile slowly there and have their own tests.
-build/repl build/tokenize build/server: build/llm.o
+# These programs share it, too. The address sanitizer checks vector kernels, which it compiles slowly, in test_amx only.
+build/repl build/loop build/extract build/quantize build/tokenize build/server: build/llm.o
 $(addprefix build/asan/,repl tokenize): build/asan/llm.o
-$(addprefix build/,repl tokenize server asan/repl asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
+$(addprefix build/,repl loop extract quantize tokenize server asan/repl asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
 $(addprefix build/asan/test_,hf quantize packed calibrate hellaswag_text) build/test_hellaswag_text build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
-$(addprefix build/asan/test_,quantize calibrate chat tokenizer_files): private CPPFLAGS += -O0
+$(addprefix build/asan/test_,meta hf quantize calibrate chat tokenizer_files hellaswag_text): private CPPFLAGS += -O0
+build/asan/test_amx: private CPPFLAGS += -O0 -fno-sanitize-ignorelist
 
 build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 	mkdir -p $(@D)
