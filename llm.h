@@ -1431,6 +1431,11 @@ LLM_API const float *llm_importance_get(const llm_importance *importance, const 
      a rank may work at a time.
    - host: through the host's memory and the llm_comm. Several GPUs then hold larger models, but they decode slower than
      one GPU that has room for the whole model.
+
+   A stage of a pipeline copies its rows into the memory of the next stage's GPU while it computes the next pass, if
+   both are on one machine and that GPU's memory can be reached. Stages may share a GPU. Any other link, or every link
+   with LLM_CUDA_RANKS=host, goes through the host's memory and the llm_comm. The results are the same.
+
    With processes, or NCCL, contexts are freed by all ranks at the same time: each waits for the others. Processes need
    Linux. */
 typedef enum llm_cuda_mode {

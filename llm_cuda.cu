@@ -2963,9 +2963,10 @@ static llm_status llm__gpu_upload(void *model, const llm_backend_weight *w, llm_
    The layout is computed twice: first to find the sizes, then to place the parts. */
 
 enum {
-    LLM__BUCKETS = 5,      /* passes of 1, 2, 4, 8 and 16 rows each have a graph              */
-    LLM__AHEAD = 4,        /* passes of a burst that are queued after the one whose token is awaited */
-    LLM__MESSAGE_HEAD = 64 /* bytes before the rows that go to the next stage of a pipeline   */
+    LLM__BUCKETS = 5,       /* passes of 1, 2, 4, 8 and 16 rows each have a graph              */
+    LLM__AHEAD = 4,         /* passes of a burst that are queued after the one whose token is awaited */
+    LLM__MESSAGE_HEAD = 64, /* bytes before the rows that go to the next stage of a pipeline   */
+    LLM__LINK_HEAD = 256    /* bytes before the places for messages in a stage's box           */
 };
 
 typedef struct llm__recording {
@@ -2980,18 +2981,30 @@ typedef struct llm__sizes {
     size_t blas_bytes, widened;               /* workspace of cuBLAS; elements that are widened for it at a time */
     size_t meeting, message;                  /* bytes that ranks exchange at once; of a message to the next stage */
     size_t half;                              /* bytes of half a mailbox; 0: there is none */
+    size_t place, link, leaving; /* bytes of a message's place, of a stage's box, and of a message that leaves it */
 } llm__sizes;
 
 /* How tensor ranks exchange rows. */
 typedef enum llm__meet_way { LLM__MEET_ANY, LLM__MEET_HOST, LLM__MEET_PEERS, LLM__MEET_NCCL } llm__meet_way;
 
-/* A mailbox. It is freed once neither its own rank nor other ranks of this process that have found it use it any
-   more. */
+/* A mailbox of a tensor rank, or a stage's box. It is freed once neither its own rank nor other ranks of this process
+   that have found it use it any more. */
 typedef struct llm__meet_memory {
     uint8_t *data;
-    int device, n_users; /* n_users is atomic */
-    bool opened;         /* it belongs to another process, and is closed instead of freed */
+    cudaEvent_t arrived[2]; /* of a stage: its last message of even, of odd number has arrived at the next stage */
+    int device, n_users;    /* n_users is atomic */
+    bool opened;            /* it belongs to another process, and is closed instead of freed */
 } llm__meet_memory;
+
+/* The head of a stage's box; zero at first. Two places for messages from the previous stage follow LLM__LINK_HEAD bytes
+   after its begin. */
+typedef struct llm__link_head {
+    unsigned n_taken; /* messages that this stage has copied from their places */
+    unsigned unused;
+    uint64_t probe; /* the first thing that the previous stage writes */
+} llm__link_head;
+
+static_assert(sizeof(llm__link_head) <= LLM__LINK_HEAD, "the places follow");
 
 /* What a rank tells the others about itself. */
 typedef struct llm__meet_address {
@@ -3000,11 +3013,13 @@ typedef struct llm__meet_address {
     int device;            /* its number in that process                                 */
     llm__meet_way asked;   /* the way that is wanted                                     */
     bool has_handle;       /* of the mailbox, which other processes can open             */
+    bool has_events;       /* of a stage: handles of its events                          */
     bool has_gpu;          /* the next member is known                                   */
     cudaUUID_t gpu;        /* the GPU's number, which no other GPU in the world has      */
     char bus[32];          /* the GPU's PCI bus id                                       */
     char machine[40];      /* Linux's random number of the machine's start; "": unknown  */
     cudaIpcMemHandle_t handle;
+    cudaIpcEventHandle_t arrived[2];
 } llm__meet_address;
 
 typedef struct llm__gpu_context {
@@ -3046,7 +3061,18 @@ typedef struct llm__gpu_context {
     unsigned *host_progress;                      /* see llm__meet_clear_rows, pinned                          */
     bool can_record;                              /* NCCL's kernels may be recorded                            */
     bool has_room[LLM__ENDINGS][2][LLM__FORMATS]; /* products, by tiles - 1, that may have much shared memory */
-    int n_sent;
+    /* Links to the neighbouring stages of a pipeline, see there. */
+    cudaStream_t copies;                         /* copies messages to the next stage                          */
+    cudaEvent_t computed;                        /* the message to the next stage is in `leaving`              */
+    uint8_t *leaving;                            /* on the GPU                                                 */
+    llm__meet_memory *link, *previous, *next;    /* the boxes of this stage and of its neighbours              */
+    llm__meet_address *stages;                   /* of all stages, pinned                                      */
+    unsigned char *link_works;                   /* for each stage, see llm__link_choose_way                   */
+    unsigned *host_taken;                        /* [2] messages taken here, and at the next stage; pinned     */
+    uint64_t *host_probe;                        /* [2] the probe that is sent, and the one received; pinned   */
+    bool looked_for_links, is_link_open;         /* is_link_open: another process may have opened a stage's box */
+    bool is_sending_directly, is_given_directly; /* to the next stage; by the previous stage                  */
+    int n_sent, n_received;
     bool cancelled, stopped; /* this pass; also the rest of the call, so that all stages end it together */
     bool is_box_open;        /* another process may have opened this rank's mailbox */
 } llm__gpu_context;
@@ -3101,6 +3127,9 @@ static llm__sizes llm__find_sizes(const llm_backend_shape *s, const llm_backend_
     z.message = !d->pipeline ? 0
                              : LLM__MESSAGE_HEAD + n_batch * (size_t)s->n_embd * 4 +
                                    (size_t)z.fused_rows * (size_t)z.n_squares * 4;
+    z.place = (z.message + 255) / 256 * 256;
+    z.link = !d->pipeline ? 0 : LLM__LINK_HEAD + (d->pipeline->rank > 0 ? 2 * z.place : 0);
+    z.leaving = d->pipeline && d->pipeline->rank < d->pipeline->size - 1 ? z.message : 0;
     return z;
 }
 
@@ -3152,6 +3181,7 @@ static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s, int gr
     c->regions = (llm__region *)llm__part(m, &used, (4 * (size_t)s->n_layers + 1) * sizeof *c->regions);
     c->blas_memory = llm__part(m, &used, z->blas_bytes);
     c->widened = (uint16_t *)llm__part(m, &used, z->widened * 2);
+    c->leaving = (uint8_t *)llm__part(m, &used, z->leaving);
     c->memory_bytes = used;
     used = 0;
     c->host_rows = (int *)llm__part(c->pinned, &used, (size_t)z->rows_ints * 4);
@@ -3167,6 +3197,11 @@ static void llm__lay_out(llm__gpu_context *c, const llm_backend_shape *s, int gr
                    : (llm__meet_address *)llm__part(c->pinned, &used, (size_t)d->tensor->size * sizeof *c->addresses);
     c->host_progress = d->tensor ? (unsigned *)llm__part(c->pinned, &used, sizeof *c->host_progress) : NULL;
     c->host_late = z->half ? (unsigned *)llm__part(c->pinned, &used, 2 * sizeof *c->host_late) : NULL;
+    size_t n_stages = d->pipeline ? (size_t)d->pipeline->size : 0;
+    c->stages = (llm__meet_address *)llm__part(c->pinned, &used, n_stages * sizeof *c->stages);
+    c->link_works = (unsigned char *)llm__part(c->pinned, &used, n_stages);
+    c->host_taken = (unsigned *)llm__part(c->pinned, &used, n_stages ? 2 * sizeof *c->host_taken : 0);
+    c->host_probe = (uint64_t *)llm__part(c->pinned, &used, n_stages ? 2 * sizeof *c->host_probe : 0);
     c->incoming = (uint8_t *)llm__part(c->pinned, &used, z->message);
     for (int i = 0; i < 2; i++) c->outgoing[i] = (uint8_t *)llm__part(c->pinned, &used, z->message);
     c->pinned_bytes = used;
@@ -3178,9 +3213,15 @@ static uint64_t llm__gpu_scratch_bytes(const llm_backend_shape *s, const llm_bac
     llm__gpu_context c;
     memset(&c, 0, sizeof c);
     c.desc = *d;
-    c.sizes = llm__find_sizes(s, d);
+    llm_comm second; /* the stage that needs the most */
+    if (d->pipeline) {
+        second = *d->pipeline;
+        second.rank = llm__min(1, second.size - 1);
+        c.desc.pipeline = &second;
+    }
+    c.sizes = llm__find_sizes(s, &c.desc);
     llm__lay_out(&c, s, s->n_heads / s->n_kv_heads);
-    return c.memory_bytes - c.cache_bytes + c.pinned_bytes + llm__meet_bytes(&c.sizes);
+    return c.memory_bytes - c.cache_bytes + c.pinned_bytes + llm__meet_bytes(&c.sizes) + c.sizes.link;
 }
 
 static llm_status llm__blas_check(cublasStatus_t result, llm_error *err) {
@@ -3196,31 +3237,45 @@ static llm_status llm__create_blas(llm__gpu_context *c, llm_error *err) {
     return status;
 }
 
-/* Creates this rank's mailbox. It may outlive the context, so its description is not allocated with the host's
-   functions. */
-static llm_status llm__meet_create(llm__gpu_context *c, llm_error *err) {
+/* Creates a box of this rank, with zeroed memory. It may outlive the context, so its description is not allocated with
+   the host's functions. */
+static llm_status llm__meet_create(llm__gpu_context *c, llm__meet_memory **out, size_t bytes, llm_error *err) {
     const llm_host none = {};
-    size_t bytes = llm__meet_bytes(&c->sizes);
-    if (!bytes) return LLM_OK;
-    llm__meet_memory *box = (llm__meet_memory *)llm__host_zero(&none, sizeof *box, err);
+    llm__meet_memory *box = *out = (llm__meet_memory *)llm__host_zero(&none, sizeof *box, err);
     if (!box) return LLM_ERROR_MEMORY;
     box->device = c->model->device;
     box->n_users = 1;
-    c->boxes[c->desc.tensor->rank] = box;
     LLM__TRY(cudaMalloc((void **)&box->data, bytes));
     LLM__TRY(cudaMemsetAsync(box->data, 0, bytes, c->queue.stream));
     return LLM_OK;
 }
 
-/* This rank uses a mailbox no longer. */
+/* Creates what a stage needs for its links. Other processes can open its events, if the system supports that. */
+static llm_status llm__link_create(llm__gpu_context *c, llm_error *err) {
+    llm_status status = llm__meet_create(c, &c->link, c->sizes.link, err);
+    if (status) return status;
+    for (cudaEvent_t &event : c->link->arrived) {
+        if (cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventInterprocess) == cudaSuccess) continue;
+        (void)cudaGetLastError();
+        LLM__TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    }
+    LLM__TRY(cudaEventCreateWithFlags(&c->computed, cudaEventDisableTiming));
+    LLM__TRY(cudaStreamCreateWithFlags(&c->copies, cudaStreamNonBlocking));
+    memset(c->host_taken, 0, 2 * sizeof *c->host_taken);
+    return LLM_OK;
+}
+
+/* This rank uses a box no longer. */
 static void llm__meet_leave(llm__meet_memory **box) {
     const llm_host none = {};
     llm__meet_memory *left = *box;
     *box = NULL;
     if (!left || __atomic_sub_fetch(&left->n_users, 1, __ATOMIC_ACQ_REL)) return;
     llm__on_device on(left->device);
-    if (left->opened) cudaIpcCloseMemHandle(left->data);
-    else cudaFree(left->data);
+    for (cudaEvent_t event : left->arrived)
+        if (event) cudaEventDestroy(event);
+    if (!left->opened) cudaFree(left->data);
+    else if (left->data) cudaIpcCloseMemHandle(left->data);
     llm__host_free(&none, left);
 }
 
@@ -3300,6 +3355,18 @@ static void llm__meet_free(llm__gpu_context *c) {
     if (c->sizes.half && (!c->is_box_open || together)) llm__meet_leave(&c->boxes[tensor->rank]);
 }
 
+/* The same for the stages of a pipeline. */
+static void llm__link_free(llm__gpu_context *c) {
+    llm_comm *pipeline = c->desc.pipeline;
+    unsigned flags = 0;
+    if (!pipeline) return;
+    const llm_exchange nothing = {NULL, 0, 0, 0, 0, pipeline->size, NULL, 0};
+    llm__meet_leave(&c->previous);
+    llm__meet_leave(&c->next);
+    bool together = c->is_link_open && !c->queue.parted.code && !pipeline->exchange(pipeline, &nothing, &flags, NULL);
+    if (!c->is_link_open || together) llm__meet_leave(&c->link);
+}
+
 /* Which way LLM_CUDA_RANKS in the environment asks for. */
 static llm_status llm__meet_ask_way(llm__gpu_context *c, llm_error *err) {
     static const struct {
@@ -3310,7 +3377,7 @@ static llm_status llm__meet_ask_way(llm__gpu_context *c, llm_error *err) {
     for (const auto &way : ways) {
         if (strcmp(asked ? asked : "", way.name) != 0) continue;
         c->asked = way.way;
-        if (c->asked != LLM__MEET_NCCL || !llm__nccl_load()->problem[0]) return LLM_OK;
+        if (c->asked != LLM__MEET_NCCL || !c->desc.tensor || !llm__nccl_load()->problem[0]) return LLM_OK;
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "LLM_CUDA_RANKS is nccl, but %s", llm__nccl_load()->problem);
     }
     return llm__cuda_error(err, LLM_ERROR_ARGUMENT, "LLM_CUDA_RANKS is \"%s\"; it may be host, peer or nccl", asked);
@@ -3326,7 +3393,7 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     if (c->desc.n_batch > LLM__MAX_ROWS)
         return llm__cuda_error(err, LLM_ERROR_UNSUPPORTED, "n_batch is %d; on the GPU a pass has at most %d rows",
                                c->desc.n_batch, (int)LLM__MAX_ROWS);
-    llm_status status = c->desc.tensor ? llm__meet_ask_way(c, err) : LLM_OK;
+    llm_status status = c->desc.tensor || c->desc.pipeline ? llm__meet_ask_way(c, err) : LLM_OK;
     if (status) return status;
     LLM__TRY(cudaStreamSynchronize(c->model->stream)); /* wait for the weights */
     LLM__TRY(cudaStreamCreateWithFlags(&c->queue.stream, cudaStreamNonBlocking));
@@ -3337,7 +3404,9 @@ static llm_status llm__create_context(llm__gpu_context *c, llm_error *err) {
     LLM__TRY(cudaMalloc((void **)&c->memory, c->memory_bytes));
     LLM__TRY(cudaMallocHost((void **)&c->pinned, c->pinned_bytes));
     llm__lay_out(c, s, c->model->group);
-    status = llm__meet_create(c, err);
+    size_t bytes = llm__meet_bytes(&c->sizes);
+    if (bytes) status = llm__meet_create(c, &c->boxes[c->desc.tensor->rank], bytes, err);
+    if (!status && c->desc.pipeline) status = llm__link_create(c, err);
     if (status) return status;
     if (c->host_late) memset(c->host_late, 0, 2 * sizeof *c->host_late);
     /* Padding must be zero, and is never written. */
@@ -3351,12 +3420,16 @@ static void llm__gpu_context_free(void *context) {
     if (!c) return;
     llm__on_device on(c->model->device);
     if (c->queue.stream) cudaStreamSynchronize(c->queue.stream);
+    if (c->copies) cudaStreamSynchronize(c->copies);
     llm__forget_graphs(c);
     for (int i = 0; i <= LLM__AHEAD; i++)
         if (c->picked[i]) cudaEventDestroy(c->picked[i]);
     if (c->queue.blas) cublasDestroy(c->queue.blas);
     cudaFree(c->memory);
     llm__meet_free(c);
+    llm__link_free(c);
+    if (c->computed) cudaEventDestroy(c->computed);
+    if (c->copies) cudaStreamDestroy(c->copies);
     if (c->pinned) cudaFreeHost(c->pinned);
     if (c->queue.stream) cudaStreamDestroy(c->queue.stream);
     llm_host host = c->desc.host;
@@ -3524,17 +3597,20 @@ static llm__attention_fn llm__choose_tile_attention(int head_stride) {
    If the ranks run on one machine and their GPUs reach each other's memory, they exchange data there, see section 7b. A
    rank opens the mailboxes of ranks in other processes by CUDA's IPC handles. Otherwise NCCL exchanges the data, if it
    is installed and each rank is a process with a GPU of its own. Otherwise the data goes through the host and the comm.
-   Both work across machines, too, but through the host an exchange costs two copies and two waits. Stages of a pipeline
-   send each other the residual stream through the host. */
+   Both work across machines, too, but through the host an exchange costs two copies and two waits. */
 
-static void llm__meet_describe_self(const llm__gpu_context *c, llm__meet_address *own) {
+/* Describes this rank, whose box is `box`. */
+static void llm__meet_describe_self(const llm__gpu_context *c, llm__meet_memory *box, llm__meet_address *own) {
     static const uint64_t number = (uint64_t)std::random_device()() << 32 | std::random_device()();
     memset(own, 0, sizeof *own);
     own->process = number + (uint64_t)getpid(); /* a forked process has the same number */
-    own->box = c->sizes.half ? c->boxes[c->desc.tensor->rank] : NULL;
+    own->box = box;
     own->device = c->model->device;
     own->asked = c->asked;
-    own->has_handle = own->box && cudaIpcGetMemHandle(&own->handle, own->box->data) == cudaSuccess;
+    own->has_handle = box && cudaIpcGetMemHandle(&own->handle, box->data) == cudaSuccess;
+    own->has_events = box && box->arrived[0];
+    for (int i = 0; i < 2 && own->has_events; i++)
+        own->has_events = cudaIpcGetEventHandle(&own->arrived[i], box->arrived[i]) == cudaSuccess;
     if (cudaDeviceGetPCIBusId(own->bus, (int)sizeof own->bus, own->device) != cudaSuccess) own->bus[0] = 0;
     cudaDeviceProp properties;
     own->has_gpu = cudaGetDeviceProperties(&properties, own->device) == cudaSuccess;
@@ -3563,7 +3639,7 @@ static llm__meet_memory *llm__meet_open(const llm__gpu_context *c, const llm__me
     const llm_host none = {};
     int device = 0, can = 1;
     void *data = NULL;
-    if (cudaDeviceGetByPCIBusId(&device, other->bus) == cudaSuccess &&
+    if (cudaDeviceGetByPCIBusId(&device, other->bus) == cudaSuccess && device != c->model->device &&
         cudaDeviceCanAccessPeer(&can, c->model->device, device) != cudaSuccess)
         can = 0;
     llm__meet_memory *box = can ? (llm__meet_memory *)llm__host_zero(&none, sizeof *box, NULL) : NULL;
@@ -3585,14 +3661,18 @@ static bool llm__meet_share_gpu(const llm__meet_address *a, const llm__meet_addr
     return !a->has_gpu || !b->has_gpu || memcmp(&a->gpu, &b->gpu, sizeof a->gpu) == 0;
 }
 
+/* Are two ranks on the same machine? */
+static bool llm__meet_is_near(const llm__meet_address *own, const llm__meet_address *other) {
+    return own->machine[0] && memcmp(own->machine, other->machine, sizeof own->machine) == 0;
+}
+
 /* Finds the mailbox of another rank. Returns NULL if this rank's GPU cannot use it. Two ranks on one GPU do not meet in
    its memory, because their kernels may not run at the same time. */
 static llm__meet_memory *llm__meet_find(const llm__gpu_context *c, const llm__meet_address *own,
                                         const llm__meet_address *other) {
     if (!own->bus[0] || !other->bus[0] || llm__meet_share_gpu(own, other)) return NULL;
     if (own->process != other->process) {
-        bool same_machine = own->machine[0] && memcmp(own->machine, other->machine, sizeof own->machine) == 0;
-        return same_machine && other->has_handle ? llm__meet_open(c, other) : NULL;
+        return llm__meet_is_near(own, other) && other->has_handle ? llm__meet_open(c, other) : NULL;
     }
     if (!llm__meet_reach(c, other->device)) return NULL;
     __atomic_add_fetch(&other->box->n_users, 1, __ATOMIC_ACQ_REL);
@@ -3719,7 +3799,7 @@ static void llm__meet_choose_way(llm__gpu_context *c) {
     const llm_exchange addresses = {c->addresses, 1, n, n, sizeof *c->addresses, tensor->size, NULL, 0};
     unsigned flags = 0;
     c->looked_for_peers = true;
-    llm__meet_describe_self(c, &c->addresses[tensor->rank]);
+    llm__meet_describe_self(c, c->sizes.half ? c->boxes[tensor->rank] : NULL, &c->addresses[tensor->rank]);
     if (tensor->exchange(tensor, &addresses, &flags, &c->queue.parted)) return;
     llm__meet_way asked = LLM__MEET_ANY;
     bool differs = false;
@@ -4020,40 +4100,252 @@ static bool llm__poll_cancel(llm__gpu_context *c, const llm_backend_pass *pass) 
     return c->desc.tensor ? llm__meet_any(c, cancel) : cancel;
 }
 
-/* Bytes of a message to the next stage: a flag, the residual stream, and in a fused pass the sums of squares of its
-   tiles. */
+/* ---- Stages of a pipeline ----
+
+   A stage sends the residual stream of each pass to the next stage. If its GPU can write into the memory of the next
+   stage's GPU, a copy engine does that on a stream of its own, while the next pass is computed. The rows are first
+   copied to `leaving`, because the next pass overwrites them. From there they go to one of two places in the next
+   stage's box. That stage is told by a short message through the comm, waits for the event that follows the copy, and
+   copies the rows from their place. No kernel waits for another stage, so stages may share a GPU. Hosts wait for other
+   stages no longer than llm_comm.patience. In other processes, boxes and events are opened by CUDA's IPC handles.
+
+   A link that cannot do that sends the rows with the message, through the host's memory. Each link has its own way. */
+
+/* Bytes of a message to the next stage: a flag, its own size, the residual stream, and in a fused pass the sums of
+   squares of its tiles. */
 static size_t llm__message_bytes(const llm__gpu_context *c, int n, bool fused) {
     return LLM__MESSAGE_HEAD + (size_t)n * (size_t)(c->model->shape.n_embd + (fused ? c->sizes.n_squares : 0)) * 4;
 }
 
-/* Copies the rows from the GPU to a message (`sends`), or from a message to the GPU. */
-static void llm__copy_message(llm__gpu_context *c, uint8_t *message, int n, bool fused, bool sends) {
+/* Copies the rows of the pass to a message (`sends`), or from a message. */
+static void llm__copy_message(llm__gpu_context *c, uint8_t *message, int n, bool fused, bool sends,
+                              cudaMemcpyKind kind) {
     size_t x_bytes = (size_t)n * (size_t)c->model->shape.n_embd * 4,
            squares = (size_t)n * (size_t)c->sizes.n_squares * 4;
     const struct {
-        void *device, *host;
+        void *rows, *there;
         size_t bytes;
     } parts[2] = {{c->x, message + LLM__MESSAGE_HEAD, x_bytes},
                   {c->squares, message + LLM__MESSAGE_HEAD + x_bytes, fused ? squares : 0}};
     for (const auto &part : parts)
         if (part.bytes)
             llm__queue_note(&c->queue,
-                            cudaMemcpyAsync(sends ? part.host : part.device, sends ? part.device : part.host,
-                                            part.bytes, sends ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice,
-                                            c->queue.stream),
+                            cudaMemcpyAsync(sends ? part.there : part.rows, sends ? part.rows : part.there, part.bytes,
+                                            kind, c->queue.stream),
                             "a message between stages");
+}
+
+/* Where message i is in a stage's box. */
+static uint8_t *llm__link_place(const llm__gpu_context *c, const llm__meet_memory *box, int i) {
+    return box->data + LLM__LINK_HEAD + (size_t)(i % 2) * c->sizes.place;
+}
+
+/* Queues a copy from `leaving` to the next stage's box. */
+static cudaError_t llm__link_copy(const llm__gpu_context *c, void *to, const void *from, size_t bytes) {
+    if (c->next->opened) return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, c->copies);
+    return cudaMemcpyPeerAsync(to, c->next->device, from, c->model->device, bytes, c->copies);
+}
+
+/* Waits until the next stage has taken the message whose place is needed now, the last but one. */
+static void llm__link_await_place(llm__gpu_context *c) {
+    const llm__link_head *head = (const llm__link_head *)(void *)c->next->data;
+    double start = llm__seconds();
+    while ((int)c->host_taken[1] < c->n_sent - 1 && !llm__queue_failed(&c->queue)) {
+        llm__queue_note(
+            &c->queue,
+            cudaMemcpyAsync(&c->host_taken[1], &head->n_taken, sizeof head->n_taken, cudaMemcpyDeviceToHost, c->copies),
+            "asking for the next stage's progress");
+        llm__queue_note(&c->queue, cudaStreamSynchronize(c->copies), "asking for the next stage's progress");
+        if ((int)c->host_taken[1] >= c->n_sent - 1 || llm__queue_failed(&c->queue)) return;
+        if (llm__seconds() - start > c->desc.pipeline->patience)
+            llm__cuda_error(
+                &c->queue.parted, LLM_ERROR_DEVICE,
+                "rank %d of the pipeline did not take a message of rank %d in time; it has failed, or hangs",
+                c->desc.pipeline->rank + 1, c->desc.pipeline->rank);
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+}
+
+/* Waits until a message of the previous stage has arrived. Returns false if it does not come in time. */
+static bool llm__link_await_arrival(const llm__gpu_context *c, int message, double patience) {
+    double start = llm__seconds();
+    cudaError_t state;
+    while ((state = cudaEventQuery(c->previous->arrived[message % 2])) == cudaErrorNotReady &&
+           llm__seconds() - start < patience)
+        std::this_thread::yield();
+    (void)cudaGetLastError(); /* it is no error that something is not done */
+    return state == cudaSuccess;
+}
+
+/* Queues the copy of this pass's rows to the next stage. */
+static void llm__link_send(llm__gpu_context *c, int n, bool fused) {
+    llm__queue *queue = &c->queue;
+    const size_t head = LLM__MESSAGE_HEAD;
+    int i = c->n_sent;
+    llm__queue_note(queue, cudaStreamWaitEvent(queue->stream, c->link->arrived[(i + 1) % 2]),
+                    "waiting until the previous message has left");
+    llm__copy_message(c, c->leaving, n, fused, true, cudaMemcpyDeviceToDevice);
+    llm__queue_note(queue, cudaEventRecord(c->computed, queue->stream), "marking a message");
+    llm__link_await_place(c);
+    if (llm__queue_failed(queue)) return;
+    llm__queue_note(queue, cudaStreamWaitEvent(c->copies, c->computed), "waiting for the rows");
+    llm__queue_note(queue,
+                    llm__link_copy(c, llm__link_place(c, c->next, i) + head, c->leaving + head,
+                                   llm__message_bytes(c, n, fused) - head),
+                    "copying to the next stage");
+    llm__queue_note(queue, cudaEventRecord(c->link->arrived[i % 2], c->copies), "marking a copy");
+}
+
+/* Takes the rows of a message from their place, and tells the previous stage. */
+static void llm__link_take(llm__gpu_context *c, int n, bool fused) {
+    llm__link_head *head = (llm__link_head *)(void *)c->link->data;
+    if (!llm__link_await_arrival(c, c->n_received, c->desc.pipeline->patience)) {
+        llm__cuda_error(&c->queue.parted, LLM_ERROR_DEVICE,
+                        "the rows of rank %d of the pipeline did not arrive at rank %d; it has failed, or hangs",
+                        c->desc.pipeline->rank - 1, c->desc.pipeline->rank);
+        return;
+    }
+    llm__copy_message(c, llm__link_place(c, c->link, c->n_received), n, fused, false, cudaMemcpyDeviceToDevice);
+    c->host_taken[0] = (unsigned)++c->n_received; /* which is not changed before the end of this pass */
+    llm__queue_note(
+        &c->queue,
+        cudaMemcpyAsync(&head->n_taken, c->host_taken, sizeof head->n_taken, cudaMemcpyHostToDevice, c->queue.stream),
+        "telling that a message was taken");
+}
+
+/* Opens the events of the previous stage, which is another process. Returns NULL if that is not possible. */
+static llm__meet_memory *llm__link_open_events(const llm__gpu_context *c, const llm__meet_address *other) {
+    const llm_host none = {};
+    llm__meet_memory *box = (llm__meet_memory *)llm__host_zero(&none, sizeof *box, NULL);
+    if (!box) return NULL;
+    box->device = c->model->device;
+    box->n_users = 1;
+    box->opened = true;
+    for (int i = 0; i < 2 && box; i++)
+        if (cudaIpcOpenEventHandle(&box->arrived[i], other->arrived[i]) != cudaSuccess) {
+            box->arrived[i] = NULL;
+            llm__meet_leave(&box);
+        }
+    (void)cudaGetLastError();
+    return box;
+}
+
+/* Finds the box of a neighbour: of the next stage for its memory, or of the previous one for its events. Returns NULL
+   if this stage cannot use it. */
+static llm__meet_memory *llm__link_find(const llm__gpu_context *c, const llm__meet_address *own,
+                                        const llm__meet_address *other, bool is_next) {
+    if (!own->bus[0] || !other->bus[0]) return NULL;
+    if (own->process != other->process) {
+        if (!llm__meet_is_near(own, other) || !other->has_handle || !other->has_events) return NULL;
+        return is_next ? llm__meet_open(c, other) : llm__link_open_events(c, other);
+    }
+    if (is_next && other->device != own->device && !llm__meet_reach(c, other->device)) return NULL;
+    __atomic_add_fetch(&other->box->n_users, 1, __ATOMIC_ACQ_REL);
+    return other->box;
+}
+
+/* Writes a number into the next stage's box, in the way in which rows go there. Returns false if that is not
+   possible. */
+static bool llm__link_send_probe(llm__gpu_context *c) {
+    llm__link_head *head = (llm__link_head *)(void *)c->next->data;
+    size_t bytes = sizeof head->probe;
+    c->host_probe[0] = c->stages[c->desc.pipeline->rank].process;
+    bool sent = cudaMemcpyAsync(c->leaving, c->host_probe, bytes, cudaMemcpyHostToDevice, c->copies) == cudaSuccess &&
+                llm__link_copy(c, &head->probe, c->leaving, bytes) == cudaSuccess &&
+                cudaEventRecord(c->link->arrived[0], c->copies) == cudaSuccess;
+    (void)cudaGetLastError();
+    return sent;
+}
+
+/* Has the previous stage's number arrived? It waits for a part of the time in which the other stages wait for its
+   answer. */
+static bool llm__link_has_probe(llm__gpu_context *c) {
+    const llm__link_head *head = (const llm__link_head *)(void *)c->link->data;
+    cudaStream_t stream = c->queue.stream;
+    bool came = llm__link_await_arrival(c, 0, c->desc.pipeline->patience / 4) &&
+                cudaMemcpyAsync(&c->host_probe[1], &head->probe, sizeof head->probe, cudaMemcpyDeviceToHost, stream) ==
+                    cudaSuccess &&
+                cudaStreamSynchronize(stream) == cudaSuccess;
+    (void)cudaGetLastError();
+    return came && c->host_probe[1] == c->stages[c->desc.pipeline->rank - 1].process;
+}
+
+/* Gives all stages each stage's answer. Returns false if that fails. */
+static bool llm__link_agree(llm__gpu_context *c, unsigned char answer) {
+    llm_comm *pipeline = c->desc.pipeline;
+    size_t n = (size_t)pipeline->size;
+    const llm_exchange x = {c->link_works, 1, n, n, 1, pipeline->size, NULL, 0};
+    unsigned flags = 0;
+    c->link_works[pipeline->rank] = answer;
+    return !pipeline->exchange(pipeline, &x, &flags, &c->queue.parted);
+}
+
+/* The first stage tells how many links copy from GPU to GPU. */
+static void llm__link_log(const llm__gpu_context *c) {
+    const llm_host *host = &c->desc.host;
+    int n_links = c->desc.pipeline->size - 1, n_direct = 0;
+    char line[200];
+    if (!host->log || c->desc.pipeline->rank || (c->desc.tensor && c->desc.tensor->rank)) return;
+    for (int i = 1; i <= n_links; i++) n_direct += c->link_works[i];
+    snprintf(line, sizeof line, "CUDA: %d of %d links between the stages of the pipeline copy from GPU to GPU",
+             n_direct, n_links);
+    host->log(host->user, line);
+}
+
+/* Before the first pass the stages find out which of them can write into the next one's memory, and try it. All links
+   go through the host's memory if any stage's environment has LLM_CUDA_RANKS=host. */
+static void llm__link_choose_way(llm__gpu_context *c) {
+    llm_comm *pipeline = c->desc.pipeline;
+    enum { TO_NEXT = 1, TO_PREVIOUS = 2 };
+    if (!pipeline || c->looked_for_links || c->queue.parted.code) return;
+    const int rank = pipeline->rank, size = pipeline->size;
+    const llm__meet_address *own = &c->stages[rank];
+    size_t n = sizeof *own * (size_t)size;
+    const llm_exchange addresses = {c->stages, 1, n, n, sizeof *own, size, NULL, 0};
+    bool by_host = false;
+    unsigned flags = 0;
+    c->looked_for_links = true;
+    llm__meet_describe_self(c, c->link, &c->stages[rank]);
+    if (pipeline->exchange(pipeline, &addresses, &flags, &c->queue.parted)) return;
+    for (int i = 0; i < size; i++) {
+        by_host = by_host || c->stages[i].asked == LLM__MEET_HOST;
+        c->is_link_open = c->is_link_open || c->stages[i].process != own->process;
+    }
+    c->is_link_open = c->is_link_open && !by_host;
+    if (rank + 1 < size && !by_host) c->next = llm__link_find(c, own, &c->stages[rank + 1], true);
+    if (rank > 0 && !by_host) c->previous = llm__link_find(c, own, &c->stages[rank - 1], false);
+    int answer = (c->next && llm__link_send_probe(c) ? TO_NEXT : 0) | (c->previous ? TO_PREVIOUS : 0);
+    if (!llm__link_agree(c, (unsigned char)answer)) return;
+    bool arrives = rank > 0 && c->link_works[rank - 1] & TO_NEXT && c->previous && llm__link_has_probe(c);
+    if (!llm__link_agree(c, arrives)) return;
+    c->is_given_directly = arrives;
+    c->is_sending_directly = rank + 1 < size && c->link_works[rank + 1];
+    if (!c->is_given_directly) llm__meet_leave(&c->previous);
+    if (c->next && !c->is_sending_directly) {
+        (void)cudaStreamSynchronize(c->copies); /* a probe may still be on its way */
+        llm__meet_leave(&c->next);
+    }
+    llm__link_log(c);
 }
 
 /* Receives the rows that the previous stage has computed. */
 static void llm__receive_message(llm__gpu_context *c, int n, bool fused) {
     llm_comm *pipeline = c->desc.pipeline;
     int stop = 0;
+    size_t bytes = llm__message_bytes(c, n, fused), told = 0, head = LLM__MESSAGE_HEAD;
     if (c->model->is_first_stage || c->queue.parted.code) return;
-    if (pipeline->receive(pipeline, pipeline->rank - 1, c->incoming, llm__message_bytes(c, n, fused), &c->queue.parted))
+    if (pipeline->receive(pipeline, pipeline->rank - 1, c->incoming, c->is_given_directly ? head : bytes,
+                          &c->queue.parted))
         return;
     memcpy(&stop, c->incoming, sizeof stop);
+    memcpy(&told, c->incoming + 8, sizeof told);
     c->cancelled = c->cancelled || stop;
-    llm__copy_message(c, c->incoming, n, fused, false);
+    if (told != bytes)
+        llm__cuda_error(&c->queue.parted, LLM_ERROR_DEVICE,
+                        "rank %d of the pipeline makes a different call than rank %d", pipeline->rank - 1,
+                        pipeline->rank);
+    else if (c->is_given_directly) llm__link_take(c, n, fused);
+    else llm__copy_message(c, c->incoming, n, fused, false, cudaMemcpyHostToDevice);
 }
 
 /* Sends rows to the next stage. There are two buffers, so it first waits until at most one message is still being
@@ -4062,14 +4354,17 @@ static void llm__send_message(llm__gpu_context *c, int n, bool fused) {
     llm_comm *pipeline = c->desc.pipeline;
     uint8_t *message = c->outgoing[c->n_sent % 2];
     int stop = c->cancelled;
+    size_t bytes = llm__message_bytes(c, n, fused), head = LLM__MESSAGE_HEAD;
     if (c->model->is_last_stage || llm__queue_failed(&c->queue)) return;
     if (pipeline->drain(pipeline, pipeline->rank + 1, 1, &c->queue.parted)) return;
-    llm__copy_message(c, message, n, fused, true);
+    if (c->is_sending_directly) llm__link_send(c, n, fused);
+    else llm__copy_message(c, message, n, fused, true, cudaMemcpyDeviceToHost);
     llm__await(c, NULL, "computing a stage");
     if (llm__queue_failed(&c->queue)) return;
     memcpy(message, &stop, sizeof stop);
+    memcpy(message + 8, &bytes, sizeof bytes);
     c->n_sent++;
-    pipeline->send(pipeline, pipeline->rank + 1, message, llm__message_bytes(c, n, fused), &c->queue.parted);
+    pipeline->send(pipeline, pipeline->rank + 1, message, c->is_sending_directly ? head : bytes, &c->queue.parted);
 }
 
 /* Gives all stages the logits of a call, and tells them whether any stage has cancelled it. */
@@ -4574,6 +4869,7 @@ static llm_status llm__gpu_forward(void *context, const llm_backend_pass *pass, 
     bool has_next = c->desc.pipeline && pass->more,
          fused = pass->n_rows <= LLM__FUSED_ROWS && !pass->n_targets && c->model->mode != LLM_CUDA_EAGER;
     llm__meet_choose_way(c);
+    llm__link_choose_way(c);
     c->cancelled = llm__poll_cancel(c, pass) || c->stopped;
     llm__receive_message(c, pass->n_rows, fused);
     if (!c->cancelled && fused) llm__fused_forward(c, pass);

@@ -5,6 +5,8 @@
         bench --few SHAPE TYPE     a few passes, kernel by kernel, for a profiler
         bench --hellaswag SHAPE MODEL TEXTS [QUESTIONS]    scoring HellaSwag's texts, with MODEL's tokenizer
         bench --ranks N SHAPE TYPE decoding by N GPUs in tensor parallel, and without their meetings
+        bench --stages N SHAPE MODEL TEXTS TRACE [QUESTIONS]  the same as --hellaswag by a pipeline of N GPUs; appends
+                                   the waits of each stage to the file TRACE, for bench/gantt.py
         bench --gpus               prints the number of GPUs
         bench --same MODEL TYPE    compares a real model's text on the GPU and on the CPU
         bench --device             describes the GPU
@@ -43,8 +45,8 @@ static const shape SHAPES[] = {
     {"TinyLlama-1.1B", 22, 2048, 5632, 32, 4, 64, 32000, 8320},
     {"SmolLM2-135M", 30, 576, 1536, 9, 3, 64, 49152, 8320},
     {"Llama-2-70B", 80, 8192, 28672, 64, 8, 128, 32000, 1088}, /* for --ranks */
-    {"LLaMA-33B", 60, 6656, 17920, 52, 52, 128, 32000, 8320},  /* for --hellaswag */
-    {"smallest", 2, 64, 96, 4, 2, 16, 300, 320},               /* to try this program without a GPU */
+    {"LLaMA-33B", 60, 6656, 17920, 52, 52, 128, 32000, 8320},  /* for --hellaswag, --stages */
+    {"smallest", 5, 64, 96, 4, 2, 16, 300, 320},               /* to try this program without a GPU */
 };
 
 typedef struct weight_type {
@@ -74,7 +76,7 @@ typedef struct bench {
     std::vector<int> table, positions, seqs, logit_rows;
     std::vector<llm_token> tokens;
     std::vector<double> frequencies;
-    llm_comm *tensor; /* NULL: one GPU has the whole model */
+    llm_comm *tensor, *pipeline; /* NULL: one GPU has whole layers; all layers */
 } bench;
 
 static double seconds() {
@@ -125,10 +127,12 @@ static void upload(bench *b, llm_backend_weight_kind kind, int layer, int rows, 
 
 static void upload_all(bench *b) {
     const shape *s = b->s;
-    const llm_backend_ranks own = llm_backend_find_ranks(&b->llm, b->tensor, NULL);
+    const llm_backend_ranks own = llm_backend_find_ranks(&b->llm, b->tensor, b->pipeline);
     int q = own.heads.n * s->head_dim, kv = own.key_heads.n * s->head_dim;
-    upload(b, LLM_WEIGHT_EMBEDDING, 0, own.vocab.n, s->n_embd);
-    for (int i = 0; i < s->n_layers; i++) {
+    bool is_first = !b->pipeline || b->pipeline->rank == 0,
+         is_last = !b->pipeline || b->pipeline->rank == b->pipeline->size - 1;
+    if (is_first || is_last) upload(b, LLM_WEIGHT_EMBEDDING, 0, own.vocab.n, s->n_embd);
+    for (int i = 0; i < own.layers.n; i++) {
         upload(b, LLM_WEIGHT_ATTENTION_NORM, i, 1, s->n_embd);
         upload(b, LLM_WEIGHT_QKV, i, q + 2 * kv, s->n_embd);
         upload(b, LLM_WEIGHT_ATTENTION_OUT, i, own.embd.n, s->n_heads * s->head_dim);
@@ -136,7 +140,7 @@ static void upload_all(bench *b) {
         upload(b, LLM_WEIGHT_GATE_UP, i, 2 * own.ff.n, s->n_embd);
         upload(b, LLM_WEIGHT_DOWN, i, own.embd.n, s->n_ff);
     }
-    upload(b, LLM_WEIGHT_OUTPUT_NORM, 0, 1, s->n_embd);
+    if (is_last) upload(b, LLM_WEIGHT_OUTPUT_NORM, 0, 1, s->n_embd);
 }
 
 static void open_model(bench *b) {
@@ -157,8 +161,10 @@ static void open_model(bench *b) {
     b->frequencies.assign((size_t)s->head_dim / 2, 0.01);
     shape.rope_frequencies = b->frequencies.data();
     desc.dtype = b->type->dtype;
-    desc.n_threads = b->tensor ? 16 / b->tensor->size : 16;
+    int n_ranks = b->tensor ? b->tensor->size : b->pipeline ? b->pipeline->size : 1;
+    desc.n_threads = n_ranks < 16 ? 16 / n_ranks : 1;
     desc.tensor = b->tensor;
+    desc.pipeline = b->pipeline;
     check(b->backend->open(&b->model, &shape, &desc, &err), &err);
     upload_all(b);
 }
@@ -464,7 +470,8 @@ static void bench_rank(const shape *s, const weight_type *type, llm_comm *tensor
     close_bench(&b);
 }
 
-static int bench_ranks(int n, const shape *s, const weight_type *type) {
+/* Calls work(comm) on n ranks, which are threads with a GPU each. */
+template <typename Work> static int on_gpus(int n, Work work) {
     llm_comm *comms[64];
     std::vector<std::thread> threads;
     llm_error err;
@@ -475,11 +482,15 @@ static int bench_ranks(int n, const shape *s, const weight_type *type) {
     check(llm_comm_threads(comms, n, NULL, &err), &err);
     for (int i = 0; i < n; i++)
         threads.emplace_back([=] {
-            bench_rank(s, type, comms[i]);
+            work(comms[i]);
             llm_comm_free(comms[i]);
         });
     for (std::thread &thread : threads) thread.join();
     return 0;
+}
+
+static int bench_ranks(int n, const shape *s, const weight_type *type) {
+    return on_gpus(n, [=](llm_comm *comm) { bench_rank(s, type, comm); });
 }
 
 /* ---- HellaSwag (with random weights, only the lengths of the texts matter) ---- */
@@ -537,9 +548,36 @@ static double useful_operations(const shape *s, const llm_score_stats *stats) {
                 (double)stats->n_predicted * (rest + (double)s->n_embd * s->n_vocab));
 }
 
-/* Scores with a model like one from llm_model_load, but without a file. */
-static int score_hellaswag(const shape *s, const char *tokenizer, const char *path, size_t most) {
-    std::vector<scored> texts = read_questions(tokenizer, path, most, s->n_vocab);
+/* The waits of all stages, in the format of examples/ranks.h. Only the last run of a context is traced. */
+static struct {
+    FILE *file;
+    llm_comm usual; /* its functions */
+} trace;
+
+static double wall_seconds() {
+    return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
+static void trace_wait(const llm_comm *comm, double begin, const char *what) {
+    fprintf(trace.file, "%d,%.6f,%.6f,%s\n", comm->rank, begin, wall_seconds(), what);
+}
+
+static llm_status traced_receive(llm_comm *comm, int from, void *data, size_t n, llm_error *err) {
+    double begin = wall_seconds();
+    llm_status status = trace.usual.receive(comm, from, data, n, err);
+    trace_wait(comm, begin, from < comm->rank ? "rows" : "results");
+    return status;
+}
+
+static llm_status traced_drain(llm_comm *comm, int to, int most, llm_error *err) {
+    double begin = wall_seconds();
+    llm_status status = trace.usual.drain(comm, to, most, err);
+    if (wall_seconds() - begin > 20e-6) trace_wait(comm, begin, "room");
+    return status;
+}
+
+/* Scores with a model like one from llm_model_load, but without a file. In a pipeline the first stage prints. */
+static void score_texts(const shape *s, const std::vector<scored> &texts, llm_comm *pipeline) {
     std::vector<llm_question> questions;
     std::vector<double> results(texts.size() * ENDINGS);
     llm_context_desc desc = {};
@@ -548,18 +586,22 @@ static int score_hellaswag(const shape *s, const char *tokenizer, const char *pa
     llm_score_stats stats;
     llm_error err;
     bench b = {};
-    char what[100];
+    char what[100], mode[64] = "packed";
+    const char *way = getenv("LLM_CUDA_RANKS");
     for (const scored &t : texts)
         questions.push_back(llm_question{t.texts[0].data(), t.n_context, ENDINGS, t.endings, t.n_ending});
+    if (pipeline) snprintf(mode, sizeof mode, "stages %d%s%s", pipeline->size, way ? " by " : "", way ? way : "");
     b.s = s;
     b.backend = llm_cuda_backend();
-    b.mode = "packed";
+    b.mode = mode;
     b.type = &TYPES[0];
+    b.pipeline = pipeline;
     open_model(&b);
     model.backend = b.backend;
     model.device = b.model;
     model.shape = b.llm;
     model.info.dtype = LLM_DTYPE_BF16;
+    model.desc.pipeline = pipeline;
     desc.n_ctx = 512;
     desc.n_seq = 256;
     desc.n_cache = 6144; /* 10 GB for LLaMA-33B, 75 GB with its weights */
@@ -569,15 +611,48 @@ static int score_hellaswag(const shape *s, const char *tokenizer, const char *pa
     int n = (int)questions.size();
     check(llm_score(ctx, questions.data(), (n + 9) / 10, NULL, results.data(), &stats, &err),
           &err); /* warm-up: cuBLAS loads its kernels */
+    if (pipeline) {
+        ctx->backend_desc.pipeline->receive = traced_receive;
+        ctx->backend_desc.pipeline->drain = traced_drain;
+    }
     check(llm_score(ctx, questions.data(), n, NULL, results.data(), &stats, &err), &err);
-    snprintf(what, sizeof what, "HellaSwag: %d questions in %.1f s; tokens", n, stats.seconds);
-    print_row(&b, what, (double)stats.n_computed / stats.seconds,
-              useful_operations(s, &stats) / stats.seconds / llm_measure_flops(ctx));
-    snprintf(what, sizeof what, "HellaSwag: seconds for all %d", ALL_QUESTIONS);
-    printf("%s,%s,%s,%s,%.1f,\n", s->name, b.type->name, b.mode, what, stats.seconds / n * ALL_QUESTIONS);
+    double limit = llm_measure_flops(ctx) * (pipeline ? pipeline->size : 1);
+    if (!pipeline || pipeline->rank == 0) {
+        snprintf(what, sizeof what, "HellaSwag: %d questions in %.1f s; tokens", n, stats.seconds);
+        print_row(&b, what, (double)stats.n_computed / stats.seconds,
+                  useful_operations(s, &stats) / stats.seconds / limit);
+        printf("%s,%s,%s,HellaSwag: seconds for all %d,%.1f,\n", s->name, b.type->name, b.mode, ALL_QUESTIONS,
+               stats.seconds / n * ALL_QUESTIONS);
+        fflush(stdout);
+    }
     llm_context_free(ctx);
     b.backend->close(b.model);
+}
+
+static int score_hellaswag(const shape *s, const char *tokenizer, const char *path, size_t most) {
+    score_texts(s, read_questions(tokenizer, path, most, s->n_vocab), NULL);
     return 0;
+}
+
+static int score_in_stages(int n, const shape *s, const char *tokenizer, const char *path, const char *waits,
+                           size_t most) {
+    llm_comm *one;
+    llm_error err;
+    if (n > s->n_layers) {
+        fprintf(stderr, "gpu: %d stages need a layer each, and %s has %d\n", n, s->name, s->n_layers);
+        return 1;
+    }
+    const std::vector<scored> texts = read_questions(tokenizer, path, most, s->n_vocab);
+    trace.file = fopen(waits, "a");
+    if (!trace.file) {
+        fprintf(stderr, "gpu: %s cannot be written\n", waits);
+        return 1;
+    }
+    check(llm_comm_threads(&one, 1, NULL, &err), &err);
+    trace.usual = *one;
+    llm_comm_free(one);
+    int status = on_gpus(n, [&](llm_comm *comm) { score_texts(s, texts, comm); });
+    return fclose(trace.file) || status;
 }
 
 /* ---- A real model's text ---- */
@@ -651,7 +726,8 @@ static int same_text(const char *path, const weight_type *type) {
 
 static int usage(FILE *out) {
     fprintf(out, "bench SHAPE TYPE MODE | --why SHAPE TYPE | --few SHAPE TYPE | --hellaswag SHAPE MODEL TEXTS "
-                 "[QUESTIONS] | --ranks N SHAPE TYPE | --same MODEL TYPE | --device | --gpus\n"
+                 "[QUESTIONS] | --ranks N SHAPE TYPE | --stages N SHAPE MODEL TEXTS TRACE [QUESTIONS] | --same MODEL "
+                 "TYPE | --device | --gpus\n"
                  "SHAPE:");
     for (const shape &s : SHAPES) fprintf(out, " %s", s.name);
     fprintf(out, "\nTYPE:");
@@ -680,6 +756,9 @@ int main(int argc, char **argv) {
     if (!strcmp(what, "--gpus")) return printf("%d\n", count_gpus()) < 0;
     if (!strcmp(what, "--ranks") && argc == 5 && find_shape(argv[3]) && (t = find_type(argv[4])) != NULL)
         return bench_ranks(atoi(argv[2]), find_shape(argv[3]), t);
+    if (!strcmp(what, "--stages") && argc >= 7 && find_shape(argv[3]))
+        return score_in_stages(atoi(argv[2]), find_shape(argv[3]), argv[4], argv[5], argv[6],
+                               argc > 7 ? strtoul(argv[7], NULL, 10) : (size_t)SOME_QUESTIONS);
     if (!strcmp(what, "--same") && argc == 4 && (t = find_type(argv[3])) != NULL) return same_text(argv[2], t);
     const shape *s = argc > 2 ? find_shape(what[0] == '-' ? argv[2] : what) : NULL;
     if (s && !strcmp(what, "--hellaswag") && argc >= 5)

@@ -1,8 +1,8 @@
 #!/bin/bash
 # Tests and measures llm_cuda.cu on a machine with an NVIDIA GPU. Ends within 560 seconds.
 #   bench/gpu.sh              runs all steps, the most important ones first
-#   bench/gpu.sh STEP...      runs only these steps: probe first why types sparse ranks fused tests sanitizer ncu peer shapes
-#                             same hellaswag
+#   bench/gpu.sh STEP...      runs only these steps: probe first why types sparse ranks pipeline fused tests sanitizer ncu
+#                             peer shapes same hellaswag
 #   bench/gpu.sh --build      only builds build/gpu, which needs no GPU
 #   OUT=folder                results are written here, line by line: gpu.log, gpu.csv, clocks.csv and others (default:
 #                             build/gpu)
@@ -20,7 +20,7 @@ out=${OUT:-build/gpu}
 model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 seconds=540 # time limit of all steps together
 failures=0
-steps="probe first why types sparse ranks fused tests sanitizer ncu peer shapes same hellaswag"
+steps="probe first why types sparse ranks pipeline fused tests sanitizer ncu peer shapes same hellaswag"
 mkdir -p $bin "$out"
 csv=$out/gpu.csv
 
@@ -270,6 +270,51 @@ step_ranks() {
         }' "$csv"
 }
 
+# Scores HellaSwag by pipelines of GPUs: messages from GPU to GPU, and for the longest pipeline also through the host.
+# Draws when the stages wait.
+step_pipeline() {
+    local gpus n most=0
+    say "Pipelines"
+    has_bench || return
+    gpus=$(ask $bin/bench --gpus 2>/dev/null)
+    if [ "${gpus:-0}" -lt 2 ]; then
+        echo "Skipped: two GPUs are needed; this machine has ${gpus:-none}"
+        return
+    fi
+    find_questions || return
+    grep -q '^LLaMA-33B,bf16,packed,' "$csv" || bench 75 --hellaswag LLaMA-33B "$tokenizer" "$data"
+    for n in 2 4 8; do
+        [ "$n" -le "$gpus" ] || continue
+        most=$n
+        stages "$n" "$n" "$tokenizer" "$data"
+    done
+    LLM_CUDA_RANKS=host stages "$most" "$most-by-host" "$tokenizer" "$data"
+    awk -F, '
+        $1 == "LLaMA-33B" && $4 ~ /^HellaSwag: seconds/ { all[$3] = $5; if ($3 ~ /^stages/) order[++n] = $3 }
+        END {
+            print "| LLaMA-33B | s for all | times one GPU |"
+            one = all["packed"]
+            for (i = 1; i <= n; i++) {
+                some = all[order[i]]
+                printf "| %s | %s | %s |\n", order[i], some, (one * some == 0 ? "-" : sprintf("%.2f", one / some))
+            }
+        }' "$csv"
+}
+
+# Runs one pipeline. $out/waits-NAME.csv records the waits of its stages, and $out/waits-NAME.png shows them if matplotlib is
+# installed.
+stages() { # NUMBER NAME TOKENIZER QUESTIONS
+    local waits=$out/waits-$2.csv
+    rm -f "$waits"
+    bench 75 --stages "$1" LLaMA-33B "$3" "$4" "$waits"
+    [ -s "$waits" ] || return
+    if ask python3 -c 'import matplotlib' 2>/dev/null; then
+        part "the picture of the waits" 30 python3 bench/gantt.py "$waits" "$out/waits-$2.png"
+    else
+        part "the table of the waits" 30 python3 bench/gantt.py "$waits"
+    fi
+}
+
 step_fused() {
     say "Without graphs"
     has_bench && for mode in fused eager; do bench 45 Llama-2-7B bf16 $mode; done
@@ -370,9 +415,10 @@ step_same() {
     done
 }
 
-step_hellaswag() {
-    local data="" tokenizer=$model folder packed
-    say "HellaSwag"
+# Finds HellaSwag's questions, $data, and a model file with a tokenizer, $tokenizer.
+find_questions() {
+    local folder packed
+    data="" tokenizer=$model
     [ -r "$tokenizer" ] || tokenizer=$bin/tokenizer.gguf
     for folder in "${LLM_DATA:-data}" $bin; do
         [ -z "$data" ] && [ -r "$folder/hellaswag_val_full.txt" ] && data=$folder/hellaswag_val_full.txt
@@ -385,11 +431,16 @@ step_hellaswag() {
     done
     if [ -z "$data" ] || ! [ -r "$tokenizer" ]; then
         echo "Skipped: the questions (LLM_DATA) or the tokenizer are missing"
-        return
+        return 1
     fi
+}
+
+step_hellaswag() {
+    say "HellaSwag"
+    find_questions || return
     has_bench || return
     bench 45 --hellaswag Llama-2-7B "$tokenizer" "$data"
-    bench 75 --hellaswag LLaMA-33B "$tokenizer" "$data"
+    grep -q '^LLaMA-33B,bf16,packed,' "$csv" || bench 75 --hellaswag LLaMA-33B "$tokenizer" "$data"
 }
 
 # ---- The end ----
@@ -422,6 +473,8 @@ verdicts() {
             judge("135M bf16, tokens per second", rate["SmolLM2-135M", "bf16", g, d], 2500, "")
             all = rate["LLaMA-33B", "bf16", "packed", "HellaSwag: seconds for all 10042"]
             judge("LLaMA-33B, all of HellaSwag, seconds", all, 250, "", 1)
+            four = rate["LLaMA-33B", "bf16", "stages 4", "HellaSwag: seconds for all 10042"]
+            judge("LLaMA-33B, all of HellaSwag, 4 GPUs, times one GPU", ratio(all, four), 3.8, "x")
             judge("tests that failed", n == "" ? "" : n - passed, 0, "", 1)
         }' "$csv"
 }

@@ -8,7 +8,13 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 
-enum { PROCESS_COMMS = 16, PROCESS_ROOM = 8 << 20, PROCESS_SECONDS = 300 };
+enum {
+    PROCESS_COMMS = 16,
+    PROCESS_ROOM = 8 << 20,
+    PROCESS_SLOTS = 8,
+    PROCESS_MESSAGE = 128 << 10,
+    PROCESS_SECONDS = 300
+};
 
 /* Allocates memory that processes forked later share. It is zeroed. */
 static inline void *shared_by_processes(size_t size) {
@@ -25,10 +31,18 @@ typedef struct process_seat {
     unsigned char bytes[PROCESS_ROOM]; /* its rows without gaps */
 } process_seat;
 
+/* The messages from one rank to another. n_sent and n_taken are atomic. */
+typedef struct process_link {
+    int n_sent, n_taken;
+    size_t n[PROCESS_SLOTS];
+    unsigned char bytes[PROCESS_SLOTS][PROCESS_MESSAGE];
+} process_link;
+
 typedef struct process_hub {
     int broken; /* atomic: 1 while `why` is written, then 2 */
     char why[400];
     process_seat seats[4];
+    process_link links[4][4]; /* [from][to] */
 } process_hub;
 
 /* Duplicates use the next hub. All ranks duplicate in the same order. */
@@ -123,7 +137,37 @@ static inline llm_status process_exchange(llm_comm *comm, const llm_exchange *x,
 static inline void process_close(llm_comm *comm) { free(comm->user); }
 static inline llm_status process_duplicate(llm_comm *comm, llm_comm **out, llm_error *err);
 
-/* Tensor ranks only exchange, so this comm cannot send or receive messages. */
+/* A message is copied when it is sent, as MPI does with short messages. So nothing remains to be drained, even if the
+   other rank has not received it. */
+static inline llm_status process_send(llm_comm *comm, int to, const void *data, size_t n, llm_error *err) {
+    process_link *link = &hub_of(comm)->links[comm->rank][to];
+    int i = link->n_sent % PROCESS_SLOTS;
+    RANK_CHECK(n <= PROCESS_MESSAGE, "the message is too large");
+    if (__atomic_load_n(&hub_of(comm)->broken, __ATOMIC_SEQ_CST)) return process_fail(comm, err);
+    if (!process_await(comm, to, &link->n_taken, link->n_sent + 1 - PROCESS_SLOTS)) return process_fail(comm, err);
+    memcpy(link->bytes[i], data, n);
+    link->n[i] = n;
+    __atomic_store_n(&link->n_sent, link->n_sent + 1, __ATOMIC_RELEASE);
+    return LLM_OK;
+}
+
+static inline llm_status process_drain(llm_comm *comm, int to, int most, llm_error *err) {
+    (void)to;
+    (void)most;
+    return __atomic_load_n(&hub_of(comm)->broken, __ATOMIC_SEQ_CST) ? process_fail(comm, err) : LLM_OK;
+}
+
+static inline llm_status process_receive(llm_comm *comm, int from, void *data, size_t n, llm_error *err) {
+    process_link *link = &hub_of(comm)->links[from][comm->rank];
+    int i = link->n_taken % PROCESS_SLOTS;
+    if (__atomic_load_n(&hub_of(comm)->broken, __ATOMIC_SEQ_CST)) return process_fail(comm, err);
+    if (!process_await(comm, from, &link->n_sent, link->n_taken + 1)) return process_fail(comm, err);
+    RANK_CHECK(link->n[i] == n, "a message has the wrong size");
+    memcpy(data, link->bytes[i], n);
+    __atomic_store_n(&link->n_taken, link->n_taken + 1, __ATOMIC_RELEASE);
+    return LLM_OK;
+}
+
 static inline llm_comm *make_process_comm(process_hub *hubs, int *n_hubs, int rank, int size, double patience) {
     process_comm *p = (process_comm *)calloc(1, sizeof *p);
     RANK_CHECK(p && *n_hubs < PROCESS_COMMS, "no more comms");
@@ -135,6 +179,9 @@ static inline llm_comm *make_process_comm(process_hub *hubs, int *n_hubs, int ra
     p->comm.patience = patience;
     p->comm.user = p;
     p->comm.exchange = process_exchange;
+    p->comm.send = process_send;
+    p->comm.drain = process_drain;
+    p->comm.receive = process_receive;
     p->comm.duplicate = process_duplicate;
     p->comm.abort = process_abort;
     p->comm.close = process_close;

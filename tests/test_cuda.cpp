@@ -33,6 +33,7 @@ static const tiny_spec FOUR_BITS_0 = {1, 64, 288, 4, 4, 24, 512, 43, 0, 2, 8};
 static const tiny_spec EIGHT_BITS = {1, 160, 96, 5, 1, 32, 512, 43, 0, 8, 9};
 static const tiny_spec HALVES = {1, 64, 96, 4, 2, 16, 512, 43, 1, 1, 10};
 static const tiny_spec SMALL = {1, 32, 32, 2, 1, 16, 512, 43, 0, 30, 9};
+static const tiny_spec DEEP = {5, 48, 64, 3, 1, 16, 512, 43, 1, 1, 13};
 
 /* 2:4 matrices: some rows are short in PAIRS, all are long in LONG_PAIRS. */
 static const tiny_spec PAIRS = {2, 301, 790, 5, 1, 68, 512, 43, 0, TINY_ALL_SPARSE, 11};
@@ -888,16 +889,21 @@ typedef struct ranked_job {
     llm_comm *tensor[4], *pipeline[4];
     findings found[4];
     void (*work)(struct ranked_job *job, int rank);
-    int n_met[WAYS]; /* atomic: number of contexts whose ranks exchange rows in this way */
+    int n_met[WAYS]; /* atomic: number of contexts whose ranks exchange rows in this way         */
+    int n_links[2];  /* atomic: links of all contexts that go through the host; from GPU to GPU  */
 } ranked_job;
 
-/* The log callback. The first rank's context logs how tensor ranks exchange rows. */
+/* The log callback. The first rank's context logs how tensor ranks exchange rows, and how stages send them. */
 static void count_meetings(void *user, const char *line) {
     static const char *const words[WAYS] = {"meet in the GPUs' memory", "meet in the host's memory",
                                             "meet through NCCL 2.27"};
     ranked_job *job = (ranked_job *)user;
     for (int i = 0; i < WAYS; i++)
         if (strstr(line, words[i])) __atomic_add_fetch(&job->n_met[i], 1, __ATOMIC_RELAXED);
+    int n_direct, n;
+    if (sscanf(line, "CUDA: %d of %d links between the stages", &n_direct, &n) != 2) return;
+    __atomic_add_fetch(&job->n_links[0], n - n_direct, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&job->n_links[1], n_direct, __ATOMIC_RELAXED);
 }
 
 static llm_model *load_rank(ranked_job *job, int rank, llm_error *err) {
@@ -1013,6 +1019,8 @@ static void run_rank(ranked_job *job, int rank) {
 #ifdef CUDA_HOST_RUNTIME_H
 static void check_meetings(const ranked_job *job, way expected) {
     for (int i = 0; i < WAYS && job->n_shards > 1; i++) assert_int_equal(job->n_met[i] > 0, i == (int)expected);
+    for (int i = 0; i < 2 && job->n_stages > 1; i++)
+        assert_int_equal(job->n_links[i] > 0, (i == 1) == (expected == IN_GPUS));
 }
 #else
 static void check_meetings(const ranked_job *, way) {} /* the way depends on the machine */
@@ -1047,13 +1055,14 @@ static void run_job(ranked_job *job) {
    way. */
 static void same_on_ranks(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype,
                           std::vector<std::pair<int, int>> shapes, way expected_way = IN_GPUS) {
-    ranked_job job = {spec, mode, dtype, 1, 1, {}, {}, {}, run_rank, {}};
+    ranked_job job = {spec, mode, dtype, 1, 1, {}, {}, {}, run_rank, {}, {}};
     run_job(&job);
     findings expected = job.found[0];
     for (const auto &shape : shapes) {
         job.n_shards = shape.first;
         job.n_stages = shape.second;
         memset(job.n_met, 0, sizeof job.n_met);
+        memset(job.n_links, 0, sizeof job.n_links);
         run_job(&job);
         check_meetings(&job, expected_way);
         for (int rank = 0; rank < job.n_shards * job.n_stages; rank++) {
@@ -1076,10 +1085,12 @@ static void test_ranks_through_host(void **state) {
     (void)state;
     setenv("LLM_CUDA_RANKS", "host", 1);
     same_on_ranks(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, {{3, 1}, {2, 2}}, IN_HOST);
+    same_on_ranks(&DEEP, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, {{1, 3}}, IN_HOST);
     unsetenv("LLM_CUDA_RANKS");
 #ifdef CUDA_HOST_RUNTIME_H
     cuda_host.has_peers = false;
     same_on_ranks(&HALVES, LLM_CUDA_FUSED, LLM_DTYPE_F16, {{2, 1}}, IN_HOST);
+    same_on_ranks(&DEEP, LLM_CUDA_FUSED, LLM_DTYPE_F16, {{1, 2}, {2, 2}}, IN_HOST);
     cuda_host.has_peers = true;
 #endif
 }
@@ -1098,6 +1109,67 @@ static void test_ranks(void **state) {
     assert_true(n_guesses > 0);
 }
 
+/* Scores twenty questions in many passes, so that stages run ahead of each other. Returns a hash of the scores. */
+static llm_status score_many(llm_context *ctx, uint64_t *hash, llm_error *err) {
+    llm_token words[20][30];
+    const llm_token *endings[20];
+    llm_question questions[20];
+    const int length = 15;
+    double scores[20] = {};
+    for (int i = 0; i < 600; i++) words[i / 30][i % 30] = (i * 37 + i / 7) % N_VOCAB;
+    for (int i = 0; i < 20; i++) {
+        endings[i] = words[i] + 15;
+        questions[i] = {words[i], 15, 1, &endings[i], &length};
+    }
+    llm_status status = llm_score(ctx, questions, 20, NULL, scores, NULL, err);
+    *hash = 14695981039346656037u;
+    for (size_t i = 0; i < sizeof scores; i++) *hash = (*hash ^ ((const uint8_t *)scores)[i]) * 0x100000001B3u;
+    return status;
+}
+
+static llm_context *create_to_score(const llm_model *model, bool (*cancel)(void *user), void *user) {
+    llm_context_desc desc = {};
+    llm_context *ctx = NULL;
+    llm_error err;
+    desc.n_ctx = 64;
+    desc.n_batch = 32;
+    desc.n_seq = 4;
+    desc.cancel = cancel;
+    desc.cancel_user = user;
+    RANK_CHECK(llm_context_create(&ctx, model, &desc, &err) == LLM_OK, err.message);
+    return ctx;
+}
+
+static void run_scoring(ranked_job *job, int rank) {
+    llm_error err;
+    llm_model *model = load_rank(job, rank, &err);
+    RANK_CHECK(model, err.message);
+    llm_context *ctx = create_to_score(model, NULL, NULL);
+    RANK_CHECK(score_many(ctx, &job->found[rank].saved, &err) == LLM_OK, err.message);
+    llm_context_free(ctx);
+    llm_model_free(model);
+}
+
+static void scores_the_same(const ranked_job *job, const ranked_job *one) {
+    for (int rank = 0; rank < job->n_shards * job->n_stages; rank++)
+        assert_int_equal(job->found[rank].saved, one->found[0].saved);
+}
+
+/* Two to four stages, in all modes. On several GPUs they send rows from GPU to GPU. */
+static void test_pipeline(void **state) {
+    (void)state;
+    same_on_ranks(&DEEP, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, {{1, 2}, {1, 3}, {1, 4}, {2, 2}});
+    same_on_ranks(&DEEP, LLM_CUDA_FUSED, LLM_DTYPE_INT8, {{1, 3}});
+    same_on_ranks(&DEEP, LLM_CUDA_EAGER, LLM_DTYPE_BF16, {{1, 2}});
+    ranked_job job = {&DEEP, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 1, 1, {}, {}, {}, run_scoring, {}, {}};
+    run_job(&job);
+    ranked_job one = job;
+    for (job.n_stages = 2; job.n_stages <= 4; job.n_stages++) {
+        run_job(&job);
+        scores_the_same(&job, &one);
+    }
+}
+
 /* One rank leaves before the pass. The others must get an error. */
 static void leave_early(ranked_job *job, int rank) {
     llm_context *ctx = NULL;
@@ -1114,7 +1186,7 @@ static void leave_early(ranked_job *job, int rank) {
 }
 
 static void test_dead_rank(void **state) {
-    ranked_job job = {&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, 1, {}, {}, {}, leave_early, {}};
+    ranked_job job = {&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, 1, {}, {}, {}, leave_early, {}, {}};
     (void)state;
     run_job(&job);
     assert_int_equal(job.found[0].refused, LLM_ERROR_DEVICE);
@@ -1138,7 +1210,7 @@ static void fail_in_pass(ranked_job *job, int rank, int *failing) {
     for (int i = 0; i < 2; i++) RANK_CHECK(llm_forward(ctx, &batch, &err) == LLM_OK, err.message);
     if (rank == 1) *failing = 1;
     job->found[rank].refused = llm_forward(ctx, &batch, &err);
-    if (rank != 1) RANK_CHECK(strstr(err.message, "rank 1"), err.message);
+    if (rank != 1 && job->n_shards > 1) RANK_CHECK(strstr(err.message, "rank 1"), err.message);
     RANK_CHECK(llm_forward(ctx, &batch, &err) == LLM_ERROR_DEVICE, "a pass after the failure must fail");
     llm_context_free(ctx);
     llm_model_free(model);
@@ -1146,25 +1218,30 @@ static void fail_in_pass(ranked_job *job, int rank, int *failing) {
 
 /* The rank cannot inform the others, which stop waiting when their patience ends. */
 static void lose_device(ranked_job *job, int rank) {
-    job->tensor[rank]->patience = 1;
+    (job->n_shards > 1 ? job->tensor : job->pipeline)[rank]->patience = 1;
     fail_in_pass(job, rank, &cuda_host.lost_device);
 }
 
 /* The rank informs the others. If it did not, they would wait much longer than a test may take. */
 static void refuse_launches(ranked_job *job, int rank) {
-    job->tensor[rank]->patience = 3600;
+    (job->n_shards > 1 ? job->tensor : job->pipeline)[rank]->patience = 3600;
     fail_in_pass(job, rank, &cuda_host.refusing_device);
 }
 
 static void test_dead_gpu(void **state) {
     (void)state;
     for (auto work : {lose_device, refuse_launches}) {
-        ranked_job job = {&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, 1, {}, {}, {}, work, {}};
+        ranked_job job = {&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, 1, {}, {}, {}, work, {}, {}};
         int before = cuda_host.n_graph_launches;
         run_job(&job);
         cuda_host.lost_device = cuda_host.refusing_device = -1;
         check_meetings(&job, IN_GPUS);
         assert_true(cuda_host.n_graph_launches >= before + 3);
+        for (int rank = 0; rank < 3; rank++) assert_int_equal(job.found[rank].refused, LLM_ERROR_DEVICE);
+        job = {&DEEP, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 1, 3, {}, {}, {}, work, {}, {}};
+        run_job(&job);
+        cuda_host.lost_device = cuda_host.refusing_device = -1;
+        check_meetings(&job, IN_GPUS);
         for (int rank = 0; rank < 3; rank++) assert_int_equal(job.found[rank].refused, LLM_ERROR_DEVICE);
     }
 }
@@ -1211,7 +1288,7 @@ static void begin_process(process_job *p, llm_comm *comm) {
     cuda_host.n_devices = p->each_sees_one ? 1 : 4;
     cuda_host.first_bus = p->each_sees_one && !p->ranks[comm->rank].shares ? comm->rank : 0;
     cuda_host.n_refused_handles = p->refusing == comm->rank ? 100 : 0;
-    p->job.tensor[comm->rank] = comm;
+    (p->job.n_stages > 1 ? p->job.pipeline : p->job.tensor)[comm->rank] = comm;
 }
 
 static void run_process(llm_comm *comm, void *arg) {
@@ -1231,7 +1308,7 @@ static void run_process(llm_comm *comm, void *arg) {
 static process_job *make_process_job(const tiny_spec *spec, llm_cuda_mode mode, llm_dtype dtype, int n,
                                      void (*work)(ranked_job *job, int rank)) {
     process_job *p = (process_job *)shared_by_processes(sizeof *p);
-    p->job = ranked_job{spec, mode, dtype, n, 1, {}, {}, {}, work, {}};
+    p->job = ranked_job{spec, mode, dtype, n, 1, {}, {}, {}, work, {}, {}};
     p->refusing = -1;
     p->patience = 8;
     for (auto &r : p->ranks) r.version = 21499; /* too old, so NCCL is not used, even if the machine has it */
@@ -1265,11 +1342,12 @@ enum { FEWEST_PROCESSES = 2, MOST_PROCESSES = 4 };
 
 /* The processes must give the same results as one GPU. */
 static void same_in_processes(process_job *p, way expected) {
-    ranked_job one = {p->job.spec, p->job.mode, p->job.dtype, 1, 1, {}, {}, {}, run_rank, {}};
+    ranked_job one = {p->job.spec, p->job.mode, p->job.dtype, 1, 1, {}, {}, {}, run_rank, {}, {}};
     run_job(&one);
-    on_processes(p->job.n_shards, p->patience, run_process, p, NULL);
+    int n = p->job.n_shards * p->job.n_stages;
+    on_processes(n, p->patience, run_process, p, NULL);
     check_meetings(&p->job, expected);
-    for (int rank = 0; rank < p->job.n_shards; rank++) compare_findings(&p->job.found[rank], &one.found[0]);
+    for (int rank = 0; rank < n; rank++) compare_findings(&p->job.found[rank], &one.found[0]);
     munmap(p, sizeof *p);
 }
 
@@ -1288,6 +1366,107 @@ static void test_processes_through_host(void **state) {
     process_job *p = make_process_job(&TINY_ODD, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 3, run_rank);
     p->refusing = 1;
     same_in_processes(p, IN_HOST);
+}
+
+/* The same for two to four stages. */
+static process_job *make_stages(int n, void (*work)(ranked_job *job, int rank)) {
+    process_job *p = make_process_job(&DEEP, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 1, work);
+    p->job.n_stages = n;
+    return p;
+}
+
+static void test_pipeline_processes(void **state) {
+    (void)state;
+    for (int n = FEWEST_PROCESSES; n <= MOST_PROCESSES; n++) {
+        process_job *p = make_stages(n, run_rank);
+        p->each_sees_one = n == 3;
+        same_in_processes(p, IN_GPUS);
+    }
+    ranked_job one = {&DEEP, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 1, 1, {}, {}, {}, run_scoring, {}, {}};
+    run_job(&one);
+    for (int n = FEWEST_PROCESSES; n <= MOST_PROCESSES; n++) {
+        process_job *p = make_stages(n, run_scoring);
+        on_processes(n, p->patience, run_process, p, NULL);
+        check_meetings(&p->job, IN_GPUS);
+        scores_the_same(&p->job, &one);
+        munmap(p, sizeof *p);
+    }
+}
+
+/* A link goes through the host if one of its ends cannot open what it needs, or if any stage asks for it. */
+static void test_pipeline_through_host(void **state) {
+    (void)state;
+    process_job *p = make_stages(3, run_rank);
+    p->refusing = 1;
+    same_in_processes(p, IN_HOST);
+    p = make_stages(2, run_rank);
+    p->ranks[1].ways = "host";
+    same_in_processes(p, IN_HOST);
+    ranked_job one = {&DEEP, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 1, 1, {}, {}, {}, run_rank, {}, {}};
+    run_job(&one);
+    p = make_stages(3, run_rank);
+    p->refusing = 2;
+    on_processes(3, p->patience, run_process, p, NULL);
+    assert_true(p->job.n_links[0] > 0 && p->job.n_links[0] == p->job.n_links[1]);
+    for (int rank = 0; rank < 3; rank++) compare_findings(&p->job.found[rank], &one.found[0]);
+    munmap(p, sizeof *p);
+}
+
+/* Rank 1 of a pipeline is killed, or hangs, while it scores its third batch. Meanwhile the others run ahead. */
+enum { STAGE_IS_KILLED = 1, STAGE_HANGS };
+
+typedef struct stage_end {
+    int what, n_polls; /* the host is asked whether to cancel before each pass and after each layer */
+    double last;       /* time of the last poll */
+} stage_end;
+
+static bool end_stage(void *user) {
+    stage_end *end = (stage_end *)user;
+    end->last = seconds_now();
+    if (!end->what || ++end->n_polls < 9) return false;
+    if (end->what == STAGE_IS_KILLED) raise(SIGKILL);
+    sleep(6);
+    end->what = 0;
+    end->last = seconds_now();
+    return false;
+}
+
+static void lose_stage(ranked_job *job, int rank, int what) {
+    process_job *p = (process_job *)job;
+    stage_end end = {rank == 1 ? what : 0, 0, 0};
+    uint64_t hash;
+    llm_error err;
+    llm_model *model = load_rank(job, rank, &err);
+    RANK_CHECK(model, err.message);
+    llm_context *ctx = create_to_score(model, end_stage, &end);
+    job->found[rank].refused = score_many(ctx, &hash, &err);
+    p->seconds[rank] = seconds_now() - end.last;
+    snprintf(p->ranks[rank].message, sizeof p->ranks[rank].message, "%s", err.message);
+    llm_context_free(ctx);
+    llm_model_free(model);
+    cuda_host.n_live = 0; /* boxes that others may have opened are not freed */
+}
+
+static void kill_stage(ranked_job *job, int rank) { lose_stage(job, rank, STAGE_IS_KILLED); }
+static void hang_stage(ranked_job *job, int rank) { lose_stage(job, rank, STAGE_HANGS); }
+
+static void test_dead_stage(void **state) {
+    (void)state;
+    for (auto work : {kill_stage, hang_stage}) {
+        process_job *p = make_stages(3, work);
+        int statuses[4];
+        on_processes(3, 3, run_process, p, statuses);
+        check_meetings(&p->job, IN_GPUS);
+        assert_int_equal(WIFSIGNALED(statuses[1]), work == kill_stage);
+        for (int rank = 0; rank < 3; rank++) {
+            if (rank == 1 && work == kill_stage) continue;
+            assert_int_equal(statuses[rank], 0);
+            assert_int_equal(p->job.found[rank].refused, LLM_ERROR_DEVICE);
+            assert_non_null(strstr(p->ranks[rank].message, "rank 1"));
+            assert_true(p->seconds[rank] < 10);
+        }
+        munmap(p, sizeof *p);
+    }
 }
 
 /* Rank 1 is killed after five tokens of a text, during a burst. The other ranks' kernels wait for it. */
@@ -1370,7 +1549,7 @@ static void run_threads(llm_comm *, void *arg) {
 }
 
 static void test_nccl_threads(void **state) {
-    ranked_job one = {&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 1, 1, {}, {}, {}, run_rank, {}};
+    ranked_job one = {&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 1, 1, {}, {}, {}, run_rank, {}, {}};
     process_job *p = make_nccl_job(&SMALL, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, run_rank);
     (void)state;
     run_job(&one);
@@ -1404,7 +1583,7 @@ static void run_few_rows(ranked_job *job, int rank) {
 }
 
 static void test_nccl_few_rows(void **state) {
-    ranked_job one = {&USUAL_HEADS, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 1, 1, {}, {}, {}, run_few_rows, {}};
+    ranked_job one = {&USUAL_HEADS, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 1, 1, {}, {}, {}, run_few_rows, {}, {}};
     process_job *p = make_nccl_job(&USUAL_HEADS, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, run_few_rows);
     (void)state;
     run_job(&one);
@@ -1628,18 +1807,86 @@ static void use_foreign_memory(llm_comm *comm, void *arg) {
     cudaStreamDestroy(stream);
 }
 
-static void test_foreign_memory(void **state) {
-    void *handle = shared_by_processes(sizeof(cudaIpcMemHandle_t));
-    (void)state;
-    on_processes(2, 8, use_foreign_memory, handle, NULL);
-    munmap(handle, sizeof(cudaIpcMemHandle_t));
+/* The same for events and for copies between devices. */
+static void use_foreign_events(llm_comm *comm, void *arg) {
+    struct handles {
+        cudaIpcEventHandle_t event;
+        cudaIpcMemHandle_t memory;
+    } *shared = (handles *)arg;
+    void *own[2] = {NULL, NULL}, *there = NULL;
+    cudaStream_t stream = NULL;
+    cudaEvent_t event = NULL, plain = NULL;
+    unsigned flags = 0;
+    int sent = 42;
+    const unsigned kind = cudaEventDisableTiming | cudaEventInterprocess;
+    const llm_exchange nothing = {NULL, 0, 0, 0, 0, comm->size, NULL, 0};
+    RANK_CHECK(cudaEventCreateWithFlags(&event, kind) != cudaSuccess, "this needs support for handles");
+    cuda_host.has_ipc = true;
+    cuda_host.n_devices = 2;
+    cuda_host_device = 1 - comm->rank;
+    RANK_CHECK(cudaMalloc(&own[1 - comm->rank], 64) == cudaSuccess, "memory");
+    cuda_host_device = comm->rank;
+    RANK_CHECK(cudaMalloc(&own[comm->rank], 64) == cudaSuccess, "memory");
+    RANK_CHECK(cudaStreamCreateWithFlags(&stream, 1) == cudaSuccess, "a stream");
+    RANK_CHECK(cudaMemcpyPeerAsync(own[1], 1, own[0], 0, 4, stream) != cudaSuccess, "a copy needs access");
+    RANK_CHECK(cudaDeviceEnablePeerAccess(1 - comm->rank, 0) == cudaSuccess, "access");
+    RANK_CHECK(cudaMemcpyPeerAsync(own[1], 0, own[0], 0, 4, stream) != cudaSuccess, "the wrong device");
+    RANK_CHECK(cudaMemcpyPeerAsync(own[1], 1, &sent, 0, 4, stream) != cudaSuccess, "memory of the host");
+    RANK_CHECK(cudaMemcpyPeerAsync(own[1], 1, own[0], 0, 65, stream) != cudaSuccess, "too many bytes");
+    RANK_CHECK(cudaMemcpyPeerAsync(own[1], 1, own[0], 0, 64, stream) == cudaSuccess, "a copy");
+    RANK_CHECK(cudaEventCreateWithFlags(&plain, cudaEventInterprocess) != cudaSuccess, "an event with a time");
+    RANK_CHECK(cudaEventCreateWithFlags(&plain, cudaEventDisableTiming) == cudaSuccess, "an event");
+    if (comm->rank == 0) {
+        RANK_CHECK(cudaEventCreateWithFlags(&event, kind) == cudaSuccess, "an event");
+        RANK_CHECK(cudaIpcGetEventHandle(&shared->event, plain) != cudaSuccess, "an event without a handle");
+        RANK_CHECK(cudaIpcGetEventHandle(&shared->event, event) == cudaSuccess, "a handle");
+        RANK_CHECK(cudaIpcGetMemHandle(&shared->memory, own[0]) == cudaSuccess, "a handle");
+        RANK_CHECK(cudaIpcOpenEventHandle(&plain, shared->event) != cudaSuccess, "a process opens its own event");
+        cudaMemsetAsync(own[0], 0, 64, stream);
+        RANK_CHECK(cudaStreamSynchronize(stream) == cudaSuccess, "clearing");
+    }
+    comm->exchange(comm, &nothing, &flags, NULL);
+    if (comm->rank == 1) {
+        RANK_CHECK(cudaIpcOpenMemHandle(&there, shared->memory, cudaIpcMemLazyEnablePeerAccess) == cudaSuccess,
+                   "opening memory");
+        RANK_CHECK(cudaIpcOpenEventHandle(&event, shared->event) == cudaSuccess, "opening an event");
+        RANK_CHECK(cudaEventQuery(event) == cudaSuccess, "an event that was not recorded has come");
+        RANK_CHECK(cudaEventRecord(event, stream) != cudaSuccess, "an event of another process is recorded");
+    }
+    comm->exchange(comm, &nothing, &flags, NULL);
+    if (comm->rank == 0) {
+        cudaMemcpyAsync(own[0], &sent, 4, cudaMemcpyHostToDevice, stream);
+        RANK_CHECK(cudaEventRecord(event, stream) == cudaSuccess, "recording");
+    }
+    comm->exchange(comm, &nothing, &flags, NULL);
+    if (comm->rank == 1) {
+        int seen = 0;
+        RANK_CHECK(cudaStreamWaitEvent(stream, event) == cudaSuccess, "waiting");
+        RANK_CHECK(cudaMemcpyAsync(&seen, there, 4, cudaMemcpyDeviceToHost, stream) == cudaSuccess, "reading");
+        RANK_CHECK(cudaStreamSynchronize(stream) == cudaSuccess && seen == 42, "the copy came before the event");
+        RANK_CHECK(cudaEventQuery(event) == cudaSuccess, "the event has come");
+        RANK_CHECK(cudaIpcCloseMemHandle(there) == cudaSuccess, "closing");
+    }
+    comm->exchange(comm, &nothing, &flags, NULL);
+    if (event) cudaEventDestroy(event);
+    cudaEventDestroy(plain);
+    cudaStreamDestroy(stream);
+    for (void *memory : own) cudaFree(memory);
+    RANK_CHECK(cuda_host.n_live == 0, "something was not freed");
 }
 
-/* Waits for the other ranks of a tensor group. */
-static void await_ranks(llm_comm *tensor) {
+static void test_foreign_memory(void **state) {
+    void *handle = shared_by_processes(4096);
+    (void)state;
+    on_processes(2, 8, use_foreign_memory, handle, NULL);
+    on_processes(2, 8, use_foreign_events, handle, NULL);
+    munmap(handle, 4096);
+}
+
+static void await_ranks(llm_comm *others) {
     unsigned flags = 0;
-    const llm_exchange nothing = {NULL, 0, 0, 0, 0, tensor->size, NULL, 0};
-    RANK_CHECK(tensor->exchange(tensor, &nothing, &flags, NULL) == LLM_OK, "no answer");
+    const llm_exchange nothing = {NULL, 0, 0, 0, 0, others->size, NULL, 0};
+    RANK_CHECK(others->exchange(others, &nothing, &flags, NULL) == LLM_OK, "no answer");
 }
 
 static void compare_memory(ranked_job *job, int rank) {
@@ -1653,23 +1900,26 @@ static void compare_memory(ranked_job *job, int rank) {
     desc.n_ctx = 100;
     desc.n_batch = RANK_BATCH;
     RANK_CHECK(llm_memory_estimate(&info, &desc, &memory, &err) == LLM_OK, err.message);
-    await_ranks(job->tensor[rank]);
+    llm_comm *others = job->n_shards > 1 ? job->tensor[rank] : job->pipeline[rank];
+    await_ranks(others);
     size_t before = cuda_host.n_bytes;
-    await_ranks(job->tensor[rank]);
+    await_ranks(others);
     RANK_CHECK(llm_context_create(&ctx, model, &desc, &err) == LLM_OK, err.message);
-    await_ranks(job->tensor[rank]);
-    size_t used = (cuda_host.n_bytes - before) / (size_t)job->n_shards, host = (size_t)info.n_vocab * 8,
-           told = (size_t)(memory.cache + memory.scratch);
+    await_ranks(others);
+    size_t used = (cuda_host.n_bytes - before) / (size_t)(job->n_shards * job->n_stages),
+           host = (size_t)info.n_vocab * 8, told = (size_t)(memory.cache + memory.scratch);
     RANK_CHECK(used <= told && told <= used + used / 4 + host + 8192, "the estimate is wrong");
-    await_ranks(job->tensor[rank]);
+    await_ranks(others);
     llm_context_free(ctx);
     llm_model_free(model);
 }
 
-/* The memory estimate includes the buffers for exchanges between ranks. */
+/* The memory estimate includes the buffers for exchanges between ranks, and for messages between stages. */
 static void test_rank_memory(void **state) {
-    ranked_job job = {&USUAL_HEADS, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, 1, {}, {}, {}, compare_memory, {}};
+    ranked_job job = {&USUAL_HEADS, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 2, 1, {}, {}, {}, compare_memory, {}, {}};
     (void)state;
+    run_job(&job);
+    job = {&DEEP, LLM_CUDA_GRAPH, LLM_DTYPE_BF16, 1, 3, {}, {}, {}, compare_memory, {}, {}};
     run_job(&job);
 }
 
@@ -1918,6 +2168,9 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_processes),
         cmocka_unit_test(test_processes_through_host),
         cmocka_unit_test(test_dead_process),
+        cmocka_unit_test(test_pipeline_processes),
+        cmocka_unit_test(test_pipeline_through_host),
+        cmocka_unit_test(test_dead_stage),
         cmocka_unit_test(test_nccl),
         cmocka_unit_test(test_nccl_threads),
         cmocka_unit_test(test_nccl_few_rows),
@@ -1949,6 +2202,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_ranks),
         cmocka_unit_test(test_ranks_through_host),
+        cmocka_unit_test(test_pipeline),
         cmocka_unit_test(test_dead_rank),
 #ifdef CUDA_HOST_RUNTIME_H
         cmocka_unit_test(test_dead_gpu),

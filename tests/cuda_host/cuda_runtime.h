@@ -3,7 +3,8 @@
     It replaces the toolkit's header of that name. Memory "on the GPU" is host memory, filled with NaN when it is
     allocated. Each device has its own memory. Another device needs access to it first, and another process must open it
     first. Streams are queues of closures that run when somebody waits for them, so a host that reuses a buffer too
-    early is caught. A query of a stream starts a thread that runs the queue. Graphs are recorded queues.
+    early is caught. A query of a stream or of its event starts a thread that runs the queue; so does the recording of
+    an event that other processes can open. Graphs are recorded queues.
 
     A kernel's blocks run one after the other. The threads of a block are fibers of the calling thread, which switch
     only at barriers and warp operations. There a fiber waits until all other threads of the barrier have arrived. If no
@@ -560,7 +561,7 @@ enum cudaError_t {
     cudaErrorPeerAccessAlreadyEnabled
 };
 
-enum { cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
+enum { cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2, cudaEventInterprocess = 4 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaDeviceAttr {
     cudaDevAttrComputeCapabilityMajor,
@@ -578,15 +579,31 @@ enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization 
 typedef std::vector<std::function<void()>> cuda_host_queue;
 
 struct cuda_host_stream {
-    cuda_host_queue queue, started, before; /* started: the thread runs it; before: was queued before recording began */
-    std::thread thread;
-    std::atomic<bool> done{true}; /* the thread has finished */
-    bool recording = false;
-    int device = cuda_host_device;
+    /* Protected by cuda_host_lock: */
+    cuda_host_queue queue, before; /* before: was queued before recording began                         */
+    size_t n_run = 0;              /* work at the begin of the queue that was run                       */
+    bool recording = false;        /* recorded work goes to the queue                                   */
+    bool busy = false;             /* a thread runs the queue: `runner`                                 */
+    bool done = true;              /* `thread` has finished                                             */
+    std::thread::id runner;
+    /* Protected by `joining`, which is never locked by a thread that has cuda_host_lock: */
+    std::thread thread; /* runs the queue */
+    std::mutex joining;
+    const int device = cuda_host_device;
+};
+
+/* How many times an event was recorded, and the last time that has come. Both are atomic. */
+struct cuda_host_counts {
+    unsigned recorded = 0, come = 0;
 };
 
 struct cuda_host_event {
-    cuda_host_stream *stream = nullptr;
+    cuda_host_stream *stream = nullptr; /* that it was last recorded in */
+    int device = cuda_host_device;
+    int file = -1;                            /* the file that holds the counts of an event with a handle; -1: none */
+    bool opened = false;                      /* the event belongs to another process                                */
+    bool has_handle = false;                  /* other processes can open it */
+    std::shared_ptr<cuda_host_counts> counts; /* queued work may outlive the event                                   */
 };
 
 typedef cuda_host_stream *cudaStream_t;
@@ -641,6 +658,7 @@ template <typename T> static inline cudaError_t cuda_host_delete(T *object) {
 
 static inline cudaError_t cuda_host_enqueue(cudaStream_t stream, std::function<void()> work) {
     if (cuda_host_fails() || stream->device != cuda_host_device) return cudaErrorInvalidValue;
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     stream->queue.push_back(std::move(work));
     return cudaSuccess;
 }
@@ -650,20 +668,58 @@ static inline void cuda_host_run(cuda_host_queue &queue) {
     for (auto &work : queue) work();
 }
 
+/* Has an event come that was recorded this many times? */
+static inline bool cuda_host_has_come(const cuda_host_counts &counts, unsigned number) {
+    return (int)(__atomic_load_n(&counts.come, __ATOMIC_ACQUIRE) - number) >= 0;
+}
+
+/* Runs the queue of a stream on the calling thread, all of it or until an event has come. If another thread runs it
+   already, waits for that. */
+static inline void cuda_host_run_stream(cudaStream_t stream, const cuda_host_counts *event = nullptr,
+                                        unsigned number = 0) {
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+    auto has_come = [=] { return event && cuda_host_has_come(*event, number); };
+    if (!has_come() && stream->busy && stream->runner == std::this_thread::get_id()) {
+        fprintf(stderr, "cuda_host: two streams wait for each other for ever\n");
+        abort();
+    }
+    while (stream->busy && !has_come()) cuda_host_lock.yield();
+    if (has_come()) return;
+    int device = cuda_host_device;
+    cuda_host_device = stream->device;
+    stream->busy = true;
+    stream->runner = std::this_thread::get_id();
+    cuda_host_queue &queue = stream->recording ? stream->before : stream->queue;
+    while (stream->n_run < queue.size() && !has_come()) {
+        std::function<void()> work = std::move(queue[stream->n_run++]);
+        work();
+    }
+    if (stream->n_run == queue.size()) {
+        queue.clear();
+        stream->n_run = 0;
+    }
+    stream->busy = false;
+    cuda_host_device = device;
+}
+
 /* Waits for the thread of a stream. */
 static inline void cuda_host_join(cudaStream_t stream) {
+    std::lock_guard<std::mutex> guard(stream->joining);
     if (stream->thread.joinable()) stream->thread.join();
 }
 
-/* Starts a thread that runs the queue. */
+/* Starts a thread that runs the queue, unless there is one. */
 static inline void cuda_host_start(cudaStream_t stream) {
-    cuda_host_join(stream);
-    stream->started.swap(stream->queue);
-    stream->done = false;
+    std::lock_guard<std::mutex> joining(stream->joining);
+    {
+        std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+        if (!stream->done) return;
+        stream->done = false;
+    }
+    if (stream->thread.joinable()) stream->thread.join();
     stream->thread = std::thread([stream] {
-        cuda_host_device = stream->device;
-        cuda_host_run(stream->started);
-        stream->started.clear();
+        std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+        cuda_host_run_stream(stream);
         stream->done = true;
     });
 }
@@ -845,17 +901,22 @@ static inline cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *out, void *ptr
     return cudaSuccess;
 }
 
+/* Opens the file behind a handle. Returns -1 if it cannot. */
+static inline int cuda_host_open(const cuda_host_handle &handle) {
+    char path[64];
+    if (cuda_host.n_refused_handles && cuda_host.n_refused_handles--) return -1;
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", handle.process, handle.file);
+    return open(path, O_RDWR | O_CLOEXEC);
+}
+
 /* Only the device that opens memory may use it. */
 static inline cudaError_t cudaIpcOpenMemHandle(void **out, cudaIpcMemHandle_t from, unsigned flags) {
     cuda_host_handle handle;
-    char path[64];
     memcpy(&handle, &from, sizeof handle);
     bool other = handle.bus != cuda_host.first_bus + cuda_host_device;
-    if (cuda_host_fails() || handle.process == (int)getpid()) return cudaErrorInvalidValue;
+    if (cuda_host_fails() || !handle.size || handle.process == (int)getpid()) return cudaErrorInvalidValue;
     if (other && (!cuda_host.has_peers || flags != cudaIpcMemLazyEnablePeerAccess)) return cudaErrorInvalidValue;
-    if (cuda_host.n_refused_handles && cuda_host.n_refused_handles--) return cudaErrorInvalidValue;
-    snprintf(path, sizeof path, "/proc/%d/fd/%d", handle.process, handle.file);
-    int file = open(path, O_RDWR | O_CLOEXEC);
+    int file = cuda_host_open(handle);
     void *ptr = file < 0 ? NULL : cuda_host_map(file, handle.size);
     if (!ptr) {
         if (file >= 0) close(file);
@@ -892,45 +953,170 @@ static inline cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cuda
     return cuda_host_enqueue(stream, [=] { memset(to, value, size); });
 }
 
-static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) { return cuda_host_new(out); }
+/* A copy between two devices. The stream belongs to either of them. */
+static inline cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device, size_t size,
+                                              cudaStream_t stream) {
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+    for (auto &end : {std::make_pair((const void *)to, to_device), std::make_pair(from, from_device)}) {
+        const cuda_host_memory *memory = cuda_host_find_memory((uintptr_t)end.first);
+        if (!memory || memory->device != end.second || !cuda_host_reaches(*memory)) return cudaErrorInvalidValue;
+        if ((uintptr_t)end.first + size > memory->begin + memory->size) return cudaErrorInvalidValue;
+    }
+    return cuda_host_enqueue(stream, [=] { memcpy(to, from, size); });
+}
+
+inline std::set<cudaStream_t> cuda_host_streams; /* all that exist; protected by cuda_host_lock */
+
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
+    cudaError_t result = cuda_host_new(out);
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+    if (result == cudaSuccess) cuda_host_streams.insert(*out);
+    return result;
+}
+
 static inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     cuda_host_join(stream);
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+    while (stream->busy) cuda_host_lock.yield();
+    cuda_host_streams.erase(stream);
     return cuda_host_delete(stream);
 }
 
 static inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
     if (cuda_host_records) return cudaErrorStreamCaptureUnsupported;
     if (stream->device == cuda_host.lost_device) return cudaErrorNoDevice;
-    if (stream->done && !stream->queue.empty()) cuda_host_start(stream);
-    if (!stream->done) return cudaErrorNotReady;
+    bool idle, empty;
+    {
+        std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+        idle = stream->done;
+        empty = stream->queue.empty();
+    }
+    if (idle && !empty) cuda_host_start(stream);
+    if (!idle || !empty) return cudaErrorNotReady;
     return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     if (cuda_host_records) return cudaErrorStreamCaptureUnsupported;
     cuda_host_join(stream);
-    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
     if (stream->device == cuda_host.lost_device) return cudaErrorNoDevice;
-    cuda_host_run(stream->queue);
-    stream->queue.clear();
+    cuda_host_run_stream(stream);
     return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned) { return cuda_host_new(out); }
-static inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return cuda_host_delete(event); }
+/* ---- Events ---- */
 
+static inline std::shared_ptr<cuda_host_counts> cuda_host_map_counts(int file) {
+    void *page = mmap(NULL, CUDA_HOST_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (page == MAP_FAILED) return nullptr;
+    return std::shared_ptr<cuda_host_counts>((cuda_host_counts *)page, [](void *at) { munmap(at, CUDA_HOST_PAGE); });
+}
+
+static inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    if (event->file >= 0) close(event->file);
+    return cuda_host_delete(event);
+}
+
+/* An event with a handle must have no time. It needs the same support as memory with a handle. */
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags) {
+    bool shared = flags & cudaEventInterprocess;
+    if (shared && (!cuda_host.has_ipc || !(flags & cudaEventDisableTiming))) return cudaErrorInvalidValue;
+    cudaError_t result = cuda_host_new(out);
+    if (result != cudaSuccess) return result;
+    if (!shared) {
+        (*out)->counts = std::make_shared<cuda_host_counts>();
+        return cudaSuccess;
+    }
+    (*out)->file = memfd_create("cuda_host", MFD_CLOEXEC);
+    if ((*out)->file >= 0 && !ftruncate((*out)->file, CUDA_HOST_PAGE))
+        (*out)->counts = cuda_host_map_counts((*out)->file);
+    if ((*out)->counts) return cudaSuccess;
+    if ((*out)->file >= 0) close((*out)->file);
+    cuda_host_delete(*out);
+    *out = nullptr;
+    return cudaErrorMemoryAllocation;
+}
+
+/* A process can only record its own events. */
 static inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    if (event->opened || event->device != stream->device) return cudaErrorInvalidValue;
+    auto counts = event->counts;
+    unsigned number = __atomic_load_n(&counts->recorded, __ATOMIC_RELAXED) + 1;
+    cudaError_t result = cuda_host_enqueue(stream, [=] { __atomic_store_n(&counts->come, number, __ATOMIC_RELEASE); });
+    if (result != cudaSuccess) return result;
     event->stream = stream;
-    return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
+    __atomic_store_n(&counts->recorded, number, __ATOMIC_RELEASE);
+    if (event->has_handle) cuda_host_start(stream);
+    return cudaSuccess;
+}
+
+static inline bool cuda_host_exists(cudaStream_t stream) {
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+    return cuda_host_streams.count(stream) > 0;
+}
+
+/* Until the event has come, lets its stream run. */
+static inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+    if (cuda_host_records) return cudaErrorStreamCaptureUnsupported;
+    if (event->device == cuda_host.lost_device) return cudaErrorNoDevice;
+    if (cuda_host_fails()) return cudaErrorInvalidValue;
+    if (cuda_host_has_come(*event->counts, __atomic_load_n(&event->counts->recorded, __ATOMIC_ACQUIRE)))
+        return cudaSuccess;
+    if (cuda_host_exists(event->stream)) cuda_host_start(event->stream);
+    return cudaErrorNotReady;
 }
 
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    return event->stream ? cudaStreamSynchronize(event->stream) : cudaSuccess;
+    unsigned number = __atomic_load_n(&event->counts->recorded, __ATOMIC_ACQUIRE);
+    if (cuda_host_records) return cudaErrorStreamCaptureUnsupported;
+    if (event->device == cuda_host.lost_device) return cudaErrorNoDevice;
+    if (cuda_host_exists(event->stream)) cuda_host_run_stream(event->stream, event->counts.get(), number);
+    while (event->opened && !cuda_host_has_come(*event->counts, number)) std::this_thread::yield();
+    return cuda_host_fails() ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-/* Queries all work of the stream, including work queued after the event. */
-static inline cudaError_t cudaEventQuery(cudaEvent_t event) {
-    return event->stream ? cudaStreamQuery(event->stream) : cudaSuccess;
+/* Work that is queued from now on begins after the event has come. If another stream of this process has still to run
+   for that, it runs then. */
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event) {
+    auto counts = event->counts;
+    cudaStream_t other = event->stream;
+    unsigned number = __atomic_load_n(&counts->recorded, __ATOMIC_ACQUIRE);
+    return cuda_host_enqueue(stream, [=] {
+        if (cuda_host_streams.count(other)) cuda_host_run_stream(other, counts.get(), number);
+        while (!cuda_host_has_come(*counts, number)) cuda_host_lock.yield();
+    });
+}
+
+struct cudaIpcEventHandle_t {
+    char reserved[CUDA_IPC_HANDLE_SIZE];
+};
+
+static inline cudaError_t cudaIpcGetEventHandle(cudaIpcEventHandle_t *out, cudaEvent_t event) {
+    memset(out, 0, sizeof *out);
+    if (cuda_host_fails() || event->file < 0 || event->opened) return cudaErrorInvalidValue;
+    cuda_host_handle handle = {(int)getpid(), event->file, cuda_host.first_bus + event->device, 0};
+    memcpy(out, &handle, sizeof handle);
+    event->has_handle = true;
+    return cudaSuccess;
+}
+
+static inline cudaError_t cudaIpcOpenEventHandle(cudaEvent_t *out, cudaIpcEventHandle_t from) {
+    cuda_host_handle handle;
+    memcpy(&handle, &from, sizeof handle);
+    bool other = handle.bus != cuda_host.first_bus + cuda_host_device;
+    if (handle.size || handle.process == (int)getpid() || (other && !cuda_host.has_peers)) return cudaErrorInvalidValue;
+    int file = cuda_host_open(handle);
+    if (file < 0) return cudaErrorInvalidValue;
+    auto counts = cuda_host_map_counts(file);
+    cudaError_t result = counts ? cuda_host_new(out) : cudaErrorMemoryAllocation;
+    if (result != cudaSuccess) {
+        close(file);
+        return result;
+    }
+    (*out)->file = file;
+    (*out)->opened = true;
+    (*out)->counts = counts;
+    return cudaSuccess;
 }
 
 static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) {
@@ -940,16 +1126,22 @@ static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent
 
 static inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     if (cuda_host_fails(true) || !cuda_host.can_record) return cudaErrorStreamCaptureUnsupported;
+    std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+    while (stream->busy) cuda_host_lock.yield();
     stream->before.swap(stream->queue);
     stream->recording = cuda_host_records = true;
     return cudaSuccess;
 }
 
 static inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
-    stream->recording = cuda_host_records = false;
     cuda_host_queue recorded;
-    recorded.swap(stream->queue);
-    stream->queue.swap(stream->before);
+    {
+        std::lock_guard<cuda_host_mutex> guard(cuda_host_lock);
+        while (stream->busy) cuda_host_lock.yield();
+        stream->recording = cuda_host_records = false;
+        recorded.swap(stream->queue);
+        stream->queue.swap(stream->before);
+    }
     cudaError_t result = cuda_host_new(out, true);
     if (result == cudaSuccess) (*out)->swap(recorded);
     return result;
