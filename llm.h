@@ -2014,16 +2014,13 @@ static const uint8_t *llm__utf8_check(const uint8_t *p, const uint8_t *end) {
 
 /* Decodes the well-formed character at p; *next becomes the address of the next one. */
 static uint32_t llm__utf8_decode(const uint8_t *p, const uint8_t **next) {
-    uint32_t c = p[0];
-    if (c < 0x80) {
-        *next = p + 1;
-        return c;
-    }
-    int n = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : 2;
-    c &= 0x7Fu >> n;
-    for (int i = 1; i < n; i++) c = c << 6 | (p[i] & 0x3F);
+    const uint32_t c = p[0];
+    const int n = c < 0x80 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
     *next = p + n;
-    return c;
+    if (n == 1) return c;
+    if (n == 2) return (c & 0x1F) << 6 | (p[1] & 0x3Fu);
+    if (n == 3) return (c & 0x0F) << 12 | (p[1] & 0x3Fu) << 6 | (p[2] & 0x3Fu);
+    return (c & 0x07) << 18 | (p[1] & 0x3Fu) << 12 | (p[2] & 0x3Fu) << 6 | (p[3] & 0x3Fu);
 }
 
 /* The start of the well-formed character that ends at p. */
@@ -5977,7 +5974,7 @@ typedef struct llm__nfc {
     llm__nfc_decomposition by_code[LLM__MAX_DECOMPOSITIONS], by_parts[LLM__MAX_DECOMPOSITIONS];
     llm__nfc_combining_run runs[LLM__MAX_COMBINING_RUNS];
     size_t n_by_code, n_by_parts, n_runs;
-    bool page_changes[LLM__N_PAGES]; /* true if NFC may change a code point of the page or join it to the one before */
+    uint8_t changes[0x110000 / 8]; /* one bit per code point: NFC may change it or join it to the one before */
 } llm__nfc;
 
 enum {
@@ -6005,6 +6002,10 @@ static uint32_t llm__nfc_next_number(const char *const *table, int *line, const 
     }
 }
 
+static void llm__nfc_mark_change(llm__nfc *nfc, uint32_t code) { nfc->changes[code / 8] |= (uint8_t)(1 << code % 8); }
+
+static bool llm__nfc_changes(const llm__nfc *nfc, uint32_t code) { return nfc->changes[code / 8] >> code % 8 & 1; }
+
 static int llm__nfc_compare_parts(const void *a, const void *b) {
     const llm__nfc_decomposition *x = (const llm__nfc_decomposition *)a, *y = (const llm__nfc_decomposition *)b;
     if (x->first != y->first) return x->first < y->first ? -1 : 1;
@@ -6024,7 +6025,7 @@ static void llm__nfc_read_decompositions(llm__nfc *nfc) {
         if (d->second) d->second += 0x2FF;
         d->composes = step % 2 == 0;
         if (d->composes) nfc->by_parts[nfc->n_by_parts++] = *d;
-        nfc->page_changes[(d->composes ? d->second : code) / 128] = true;
+        llm__nfc_mark_change(nfc, d->composes ? d->second : code);
     }
     qsort(nfc->by_parts, nfc->n_by_parts, sizeof *nfc->by_parts, llm__nfc_compare_parts);
 }
@@ -6038,7 +6039,7 @@ static void llm__nfc_read_combining_runs(llm__nfc *nfc) {
         run->begin = code += llm__nfc_next_number(llm__nfc_combining_runs, &line, &at);
         run->end = code += llm__nfc_next_number(llm__nfc_combining_runs, &line, &at);
         run->value = (uint8_t)llm__nfc_next_number(llm__nfc_combining_runs, &line, &at);
-        for (uint32_t c = run->begin; c < run->end; c++) nfc->page_changes[c / 128] = true;
+        for (uint32_t c = run->begin; c < run->end; c++) llm__nfc_mark_change(nfc, c);
     }
 }
 
@@ -6046,7 +6047,8 @@ static llm__nfc *llm__nfc_build(llm__env *env) {
     llm__nfc *nfc = (llm__nfc *)llm__alloc_zero(env, 1, sizeof *nfc);
     llm__nfc_read_decompositions(nfc);
     llm__nfc_read_combining_runs(nfc);
-    nfc->page_changes[LLM__HANGUL_V / 128] = nfc->page_changes[LLM__HANGUL_T / 128] = true;
+    for (uint32_t i = 0; i < LLM__HANGUL_NV; i++) llm__nfc_mark_change(nfc, LLM__HANGUL_V + i);
+    for (uint32_t i = 1; i < LLM__HANGUL_NT; i++) llm__nfc_mark_change(nfc, LLM__HANGUL_T + i);
     return nfc;
 }
 
@@ -6167,14 +6169,14 @@ static uint8_t *llm__nfc_apply(llm__env *env, const llm__nfc *nfc, const uint8_t
             if (*p >= 0x80) next++;
             continue;
         }
-        if (!nfc->page_changes[llm__utf8_decode(p, &next) / 128]) continue;
+        if (!llm__nfc_changes(nfc, llm__utf8_decode(p, &next))) continue;
         if (!out) out = (uint8_t *)llm__alloc(env, (size_t)(end - done), 3); /* NFC grows a text at most threefold */
         memcpy(out + n_out, done, (size_t)(before - done));
         n_out += (size_t)(before - done);
         m.n = 0;
         for (p = before; p < end; p = next) {
             uint32_t code = llm__utf8_decode(p, &next);
-            if (p != before && !nfc->page_changes[code / 128]) break;
+            if (p != before && !llm__nfc_changes(nfc, code)) break;
             llm__nfc_decompose(&m, code);
         }
         llm__nfc_sort_marks(&m);
@@ -9475,7 +9477,7 @@ typedef struct llm__pre_rule {
     size_t n_ranges;
 } llm__pre_rule;
 
-enum { LLM__MAX_RULES = 8, LLM__MAX_RANGES = 256, LLM__NONE = -1, LLM__PIECE_COPY = 16 };
+enum { LLM__MAX_RULES = 8, LLM__MAX_RANGES = 256, LLM__NONE = -1, LLM__PIECE_COPY = 16, LLM__N_CHARS = 0x10000 };
 
 typedef struct llm__bpe_merge_text {
     llm__str left, right;
@@ -9567,6 +9569,8 @@ struct llm_tokenizer {
     uint16_t join_kinds[64][128]; /* [byte - 0xC0][byte before it - 0x80] bits llm__bpe_join_kind: such pieces exist */
     llm_token byte_tokens[256];
     llm_token ascii_tokens[128];      /* the pieces of one character of ASCII */
+    llm_token *char_tokens;           /* [LLM__N_CHARS] the pieces of one character of 2 or 3 bytes */
+    bool ranks_grow;                  /* each merge has a higher rank than those that make its two tokens */
     llm__special_set raw, normalized; /* recognised in the raw text, and in the normalised text */
     llm__pre_rule rules[LLM__MAX_RULES + 1];
     char *chat_template;           /* its source text; NULL if the file has none */
@@ -9789,11 +9793,41 @@ static size_t llm__bpe_merge_by_heap(llm__env *env, const llm_tokenizer *t, llm_
     return count;
 }
 
+/* Merges the n symbols of a short word and returns how many remain: the leftmost pair of the lowest rank, again and
+   again. */
+static size_t llm__bpe_merge_few(const llm_tokenizer *t, llm__bpe_symbol *s, size_t n) {
+    llm_token ids[LLM__SHORT_WORD];
+    llm__bpe_merge_to merges[LLM__SHORT_WORD]; /* of each symbol with the next one */
+    const llm__bpe_merge_to none = {LLM__NONE, LLM__NO_RANK};
+    for (size_t i = 0; i < n; i++) ids[i] = s[i].id;
+    for (size_t i = 0; i < n; i++) merges[i] = i + 1 < n ? llm__bpe_find_pair(t, ids[i], ids[i + 1]) : none;
+    while (n > 1) {
+        size_t at = 0;
+        uint32_t rank = merges[0].rank;
+        for (size_t i = 1; i + 1 < n; i++) {
+            at = merges[i].rank < rank ? i : at;
+            rank = merges[i].rank < rank ? merges[i].rank : rank;
+        }
+        if (rank == LLM__NO_RANK) break;
+        ids[at] = merges[at].merged;
+        n--;
+        for (size_t i = at + 1; i < n; i++) {
+            ids[i] = ids[i + 1];
+            merges[i] = merges[i + 1];
+        }
+        merges[at] = at + 1 < n ? llm__bpe_find_pair(t, ids[at], ids[at + 1]) : none;
+        if (at) merges[at - 1] = llm__bpe_find_pair(t, ids[at - 1], ids[at]);
+    }
+    for (size_t i = 0; i < n; i++) s[i].id = ids[i];
+    return n;
+}
+
 /* Merges n symbols and returns how many remain. The heap bounds the time for long words, but is slow. If many places
    share one rank, as in a run of one letter, going over the word rank by rank is much faster. */
 static size_t llm__bpe_merge(llm__env *env, const llm_tokenizer *t, llm__bpe_symbol *s, size_t n) {
     llm__bpe_recent recent[2] = {{LLM__NONE, LLM__NONE, {0, 0}}, {LLM__NONE, LLM__NONE, {0, 0}}};
     size_t n_merged = 1;
+    if (n <= LLM__SHORT_WORD) return llm__bpe_merge_few(t, s, n);
     for (size_t i = 0; i < n; i++) llm__bpe_rank_symbol(t, &s[i], i + 1 < n ? &s[i + 1] : NULL, &recent[i % 2]);
     for (int patience = 8; patience && n_merged;) {
         n = llm__bpe_merge_lowest(t, s, n, &n_merged);
@@ -9804,11 +9838,26 @@ static size_t llm__bpe_merge(llm__env *env, const llm_tokenizer *t, llm__bpe_sym
 
 /* Between characters that are not ASCII, two bytes say little. There we look at up to 3 bytes on both sides of the
    place. A piece that crosses it has n_left bytes before it and n_right bytes behind it; 3 stands for 3 or more. */
-static size_t llm__bpe_join_bit(const llm_tokenizer *t, const uint8_t *p, int n_left, int n_right) {
+static inline size_t llm__bpe_join_bit_of(const llm_tokenizer *t, uint32_t left, uint32_t right, int n_left,
+                                          int n_right) {
+    static const uint32_t masks[4] = {0, 0xFF, 0xFFFF, 0xFFFFFF};
     uint64_t key = (uint64_t)(4 * n_left + n_right) << 48;
-    for (int i = 0; i < n_left; i++) key |= (uint64_t)p[-1 - i] << 8 * i;
-    for (int i = 0; i < n_right; i++) key |= (uint64_t)p[i] << (24 + 8 * i);
+    key |= (left & masks[n_left]) | (uint64_t)(right & masks[n_right]) << 24;
     return (size_t)llm__hash_mix(key * 0xD6E8FEB86659FD93u) & t->join_mask;
+}
+
+/* Up to 3 of n bytes before p or from p on, the nearest in the low byte. */
+static inline uint32_t llm__bpe_left_bytes(const uint8_t *p, size_t n) {
+    return p[-1] | (n > 1 ? (uint32_t)p[-2] << 8 : 0) | (n > 2 ? (uint32_t)p[-3] << 16 : 0);
+}
+
+static inline uint32_t llm__bpe_right_bytes(const uint8_t *p, size_t n) {
+    return p[0] | (n > 1 ? (uint32_t)p[1] << 8 : 0) | (n > 2 ? (uint32_t)p[2] << 16 : 0);
+}
+
+static size_t llm__bpe_join_bit(const llm_tokenizer *t, const uint8_t *p, int n_left, int n_right) {
+    return llm__bpe_join_bit_of(t, llm__bpe_left_bytes(p, (size_t)n_left), llm__bpe_right_bytes(p, (size_t)n_right),
+                                n_left, n_right);
 }
 
 /* The size of char_joins for a number of slots in `pieces`. */
@@ -9818,6 +9867,12 @@ static size_t llm__bpe_join_bytes(size_t slots) { return (llm__bpe_join_bits(slo
 
 static int llm__bpe_join_kind(int n_left, int n_right) { return 3 * n_left + n_right - 4; }
 
+/* The kinds of pieces that have room on both sides of p. */
+static unsigned llm__bpe_possible_kinds(const uint8_t *begin, const uint8_t *p, const uint8_t *end) {
+    static const uint16_t lefts[3] = {0, 0x007, 0x03F}, rights[3] = {0, 0x049, 0x0DB};
+    return (p - begin < 3 ? lefts[p - begin] : 0x1FFu) & (end - p < 3 ? rights[end - p] : 0x1FFu);
+}
+
 static bool llm__bpe_between_characters(const uint8_t *p) { return p[-1] >= 0x80 && *p >= 0xC0; }
 
 /* True if a merge may cross the boundary between p[-1] and p[0] in a word from `begin` to `end`. */
@@ -9825,13 +9880,15 @@ static bool llm__bpe_may_join(const llm_tokenizer *t, const uint8_t *begin, cons
     if (t->sentencepiece && (*p & 0xC0) == 0x80) return true; /* characters are never split */
     if (!(t->joined[p[-1]][*p / 8] >> *p % 8 & 1)) return false;
     if (!llm__bpe_between_characters(p)) return true;
-    const unsigned kinds = t->join_kinds[*p - 0xC0][p[-1] - 0x80];
-    for (int n_left = p - begin < 3 ? (int)(p - begin) : 3; n_left; n_left--)
-        for (int n_right = end - p < 3 ? (int)(end - p) : 3; n_right; n_right--) {
-            if (!(kinds >> llm__bpe_join_kind(n_left, n_right) & 1)) continue;
-            size_t bit = llm__bpe_join_bit(t, p, n_left, n_right);
-            if (t->char_joins[bit / 8] >> bit % 8 & 1) return true;
-        }
+    unsigned kinds = t->join_kinds[*p - 0xC0][p[-1] - 0x80] & llm__bpe_possible_kinds(begin, p, end);
+    const uint32_t left = llm__bpe_left_bytes(p, (size_t)(p - begin));
+    const uint32_t right = llm__bpe_right_bytes(p, (size_t)(end - p));
+    while (kinds) {
+        const int kind = 31 - __builtin_clz(kinds);
+        const size_t bit = llm__bpe_join_bit_of(t, left, right, kind / 3 + 1, kind % 3 + 1);
+        if (t->char_joins[bit / 8] >> bit % 8 & 1) return true;
+        kinds ^= 1u << kind;
+    }
     return false;
 }
 
@@ -9839,7 +9896,7 @@ static bool llm__bpe_may_join(const llm_tokenizer *t, const uint8_t *begin, cons
    token becomes its bytes, or the unknown token. If those do not exist either, it is dropped, as in Hugging Face's
    tokenizers. */
 static size_t llm__bpe_first_symbols(const llm_tokenizer *t, const uint8_t *p, size_t n, llm__bpe_symbol *s) {
-    const uint8_t *end = p + n;
+    const uint8_t *end = p + n, *next;
     size_t count = 0;
     for (; !t->sentencepiece && p < end; p++) {
         llm_token id = t->byte_tokens[*p] != LLM__NONE ? t->byte_tokens[*p] : t->unk;
@@ -9847,7 +9904,9 @@ static size_t llm__bpe_first_symbols(const llm_tokenizer *t, const uint8_t *p, s
     }
     while (p < end) {
         size_t length = llm__utf8_length(p, end), n_bytes = 0;
-        llm_token id = length == 1 ? t->ascii_tokens[*p] : llm__vocab_find(t, p, length);
+        llm_token id = length == 1   ? t->ascii_tokens[*p]
+                       : length <= 3 ? t->char_tokens[llm__utf8_decode(p, &next)]
+                                     : llm__vocab_find(t, p, length);
         if (id == LLM__NONE)
             while (n_bytes < length && t->byte_tokens[p[n_bytes]] != LLM__NONE) n_bytes++;
         if (id == LLM__NONE && n_bytes < length) id = t->unk;
@@ -9880,6 +9939,59 @@ static bool llm__bpe_is_whole(llm__env *env, const llm_tokenizer *t, llm_token i
     if (s != few) llm__free(env->pool, s);
     __atomic_store_n(&t->whole[id], whole, __ATOMIC_RELAXED);
     return whole == LLM__WHOLE_YES;
+}
+
+/* Whether a piece holds only a part of a character of n_before bytes that ends at p, and goes on behind it (1), or only
+   a part of a character of n_after bytes at p, and begins before it (2). Both characters lie between `begin` and `end`,
+   except for what the end cuts off. */
+static int llm__bpe_parts_join(const llm_tokenizer *t, const uint8_t *begin, const uint8_t *p, const uint8_t *end,
+                               int n_before, int n_after) {
+    static const uint16_t lefts[5] = {0, 0, 0x007, 0x03F, 0x1FF}, rights[5] = {0, 0, 0x049, 0x0DB, 0x1FF};
+    unsigned kinds = t->join_kinds[*p - 0xC0][p[-1] - 0x80] & (lefts[n_before] | rights[n_after]);
+    int joins = 0;
+    if (!kinds) return 0;
+    kinds &= llm__bpe_possible_kinds(begin, p, end);
+    const uint32_t left = llm__bpe_left_bytes(p, (size_t)(p - begin));
+    const uint32_t right = llm__bpe_right_bytes(p, (size_t)(end - p));
+    for (; kinds && joins < 3; kinds &= kinds - 1) {
+        const int kind = __builtin_ctz(kinds);
+        const size_t bit = llm__bpe_join_bit_of(t, left, right, kind / 3 + 1, kind % 3 + 1);
+        if (!(t->char_joins[bit / 8] >> bit % 8 & 1)) continue;
+        joins |= (lefts[n_before] >> kind & 1) | (rights[n_after] >> kind & 1) << 1;
+    }
+    return joins;
+}
+
+/* The symbols that merging a part of a word may start from, with the same result as from llm__bpe_first_symbols. A
+   character is one symbol, not its bytes, if no piece joins a part of it with what is around it. Then its bytes can
+   only become that symbol, and they do so before it merges, as its merges have higher ranks. */
+static size_t llm__bpe_char_symbols(llm__env *env, const llm_tokenizer *t, const uint8_t *p, size_t n,
+                                    llm__bpe_symbol *s) {
+    const uint8_t *const begin = p, *const end = p + n, *next;
+    size_t count = 0;
+    bool ascii = true, complete = true; /* complete: no byte is left out, which would give others new neighbours */
+    for (size_t i = 0; i < n; i++) {
+        ascii = ascii && p[i] < 0x80;
+        complete = complete && t->byte_tokens[p[i]] != LLM__NONE;
+    }
+    if (ascii || !complete || t->sentencepiece || !t->ranks_grow) return llm__bpe_first_symbols(t, p, n, s);
+    for (bool alone = true; p < end; p = next) { /* alone: nothing before p joins a part of the character at p */
+        const int length = *p < 0xC0 ? 1 : *p < 0xE0 ? 2 : *p < 0xF0 ? 3 : 4;
+        llm_token id = LLM__NONE;
+        int joins = 3;
+        next = length < end - p ? p + length : end;
+        if (next - p == length && next == end) joins = 0;
+        else if (next < end && length > 1 && *next >= 0xC0)
+            joins = llm__bpe_parts_join(t, begin, next, end, length, *next < 0xE0 ? 2 : *next < 0xF0 ? 3 : 4);
+        if (alone && !(joins & 1) && (length == 2 || length == 3)) {
+            const uint8_t *after;
+            id = t->char_tokens[llm__utf8_decode(p, &after)];
+        }
+        if (id != LLM__NONE && llm__bpe_is_whole(env, t, id)) s[count++].id = id;
+        else count += llm__bpe_first_symbols(t, p, (size_t)(next - p), s + count);
+        alone = !(joins & 2);
+    }
+    return count;
 }
 
 /* ---- Pre-tokenizers: the regular expressions of the models' own tokenizers, by hand ---- */
@@ -10226,8 +10338,9 @@ typedef struct llm__enc_job {
     llm_token *ids;
     size_t capacity, count;
     llm_token last;
-    bool after_bos;               /* only the BOS that the file asks for has been emitted so far */
-    struct llm__enc_known *known; /* [2^known_bits][2]; NULL: no words are remembered */
+    bool after_bos;              /* only the BOS that the file asks for has been emitted so far */
+    const uint8_t *stop;         /* the end of the text that is being split into words */
+    union llm__enc_known *known; /* [2^known_bits]; NULL: no words are remembered */
     int known_bits;
 } llm__enc_job;
 
@@ -10245,7 +10358,7 @@ static void llm__enc_merge_word(llm__enc_job *job, const uint8_t *p, size_t n, b
     const llm_tokenizer *t = job->t;
     llm__bpe_symbol few[LLM__SHORT_WORD], *s = few;
     if (n > LLM__SHORT_WORD) s = (llm__bpe_symbol *)llm__alloc(job->env, n, sizeof *s);
-    size_t count = llm__bpe_merge(job->env, t, s, llm__bpe_first_symbols(t, p, n, s));
+    size_t count = llm__bpe_merge(job->env, t, s, llm__bpe_char_symbols(job->env, t, p, n, s));
     for (size_t i = 0; i < count; i++) {
         bool before = *unknown;
         *unknown = s[i].id == t->unk;
@@ -10262,24 +10375,41 @@ static bool llm__enc_whole(llm__enc_job *job, const uint8_t *p, const uint8_t *e
     return true;
 }
 
-/* A word of up to 15 bytes and its tokens, if they are at most 3. */
-typedef struct llm__enc_known {
+/* A word of up to 15 bytes and its tokens. */
+typedef struct llm__enc_short {
     uint64_t key[2]; /* the bytes, zeros, and the length in the last byte; all 0: the slot is free */
     llm_token ids[3], count;
+} llm__enc_short;
+
+/* A cache line of known words: two short ones of up to 3 tokens each, a short one of up to 7, or a long one of up to 7.
+   Whatever a line holds, a look-up cannot take it for another word: byte 15 is a length, which tells short words from
+   long ones, and byte 47, the length of a second short word, is otherwise the high byte of an id, which is 0. */
+typedef union llm__enc_known {
+    llm__enc_short words[2]; /* if words[0].count is above 3, words[1] consists of the 4 tokens that follow */
+    struct {
+        uint64_t key[4]; /* the first 15 bytes, the length, the other bytes, zeros */
+        llm_token ids[7], count;
+    } lengthy;
 } llm__enc_known;
 
-enum { LLM__KNOWN_LENGTH = 15, LLM__KNOWN_TEXT = 8192, LLM__KNOWN_MAX_BITS = 15 };
+enum {
+    LLM__KNOWN_SHORT = 15,
+    LLM__KNOWN_LENGTH = 31,
+    LLM__KNOWN_IDS = 7,
+    LLM__KNOWN_TEXT = 8192,
+    LLM__KNOWN_MAX_BITS = 16
+};
 
 /* Most words of a long text have occurred in it before. So a call with LLM__KNOWN_TEXT bytes or more remembers words in
-   a table of up to 2 MB, most of which stays in the second-level cache. The table belongs to the call, so a tokenizer
-   stays const. If the table cannot be allocated, encoding is only slower. */
+   a table of up to 4 MB. The lines of frequent words stay in the second-level cache. The table belongs to the call, so
+   a tokenizer stays const. If the table cannot be allocated, encoding is only slower. */
 static void llm__enc_remember_words(llm__enc_job *job) {
     size_t n = (size_t)(job->end - job->text);
     int bits = 9;
     if (n < LLM__KNOWN_TEXT) return;
     while (bits < LLM__KNOWN_MAX_BITS && n >> bits > 16) bits++;
-    job->known = (llm__enc_known *)llm__alloc_try(job->env->pool, (size_t)1 << bits, 2 * sizeof *job->known);
-    if (job->known) memset(job->known, 0, 2 * sizeof *job->known << bits);
+    job->known = (llm__enc_known *)llm__alloc_try(job->env->pool, (size_t)1 << bits, sizeof *job->known);
+    if (job->known) memset(job->known, 0, sizeof *job->known << bits);
     job->known_bits = bits;
 }
 
@@ -10288,40 +10418,87 @@ typedef struct llm__enc_seen {
     const uint8_t *p;
     size_t n;
     uint64_t key[2];
-    llm__enc_known *set; /* NULL: the word is not looked up */
+    llm__enc_known *line; /* NULL: the word is not looked up */
 } llm__enc_seen;
 
-/* Prepares the look-up of the word of n bytes at p, where 16 bytes can be read, in a table of 2^(64 - shift) sets. */
-static inline void llm__enc_see(llm__enc_seen *w, llm__enc_known *known, int shift, const uint8_t *p, size_t n) {
+/* Reads the first n <= 16 bytes at p, where 16 can be read, and zeros. */
+static inline void llm__enc_read(const uint8_t *p, size_t n, uint64_t out[2]) {
     static const uint8_t ones[32] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
-    bool looked_up = n <= LLM__KNOWN_LENGTH && known;
-    uint64_t key[2], mask[2];
-    memcpy(key, p, 16);
-    memcpy(mask, ones + 16 - (looked_up ? n : 0), 16);
-    key[0] &= mask[0];
-    key[1] = (key[1] & mask[1]) | (uint64_t)n << 56;
-    uint64_t hash = (key[0] ^ key[1] * 0xD6E8FEB86659FD93u) * 0x9E3779B97F4A7C15u;
-    llm__enc_known *set = looked_up ? &known[hash >> shift << 1] : NULL;
-    __builtin_prefetch(set);
+    uint64_t mask[2];
+    memcpy(out, p, 16);
+    memcpy(mask, ones + 16 - n, 16);
+    out[0] &= mask[0];
+    out[1] &= mask[1];
+}
+
+/* Prepares the look-up of the word of n bytes at p in a table of 2^(64 - shift) lines. 16 bytes can be read at p, 32 if
+   n is above 15. */
+static inline void llm__enc_see(llm__enc_seen *w, llm__enc_known *known, int shift, const uint8_t *p, size_t n) {
+    uint64_t key[2], tail[2];
+    const bool looked_up = n <= LLM__KNOWN_LENGTH && known;
+    llm__enc_read(p, n < LLM__KNOWN_SHORT ? n : (size_t)LLM__KNOWN_SHORT, key);
+    key[1] |= (uint64_t)n << 56;
+    uint64_t hash = key[0] ^ key[1] * 0xD6E8FEB86659FD93u;
+    if (n > LLM__KNOWN_SHORT && looked_up) {
+        llm__enc_read(p + LLM__KNOWN_SHORT, n - LLM__KNOWN_SHORT, tail);
+        hash ^= (tail[0] ^ tail[1] * 0xA24BAED4963EE407u) * 0x9FB21C651E98DF25u;
+        hash ^= hash >> 32;
+    }
+    llm__enc_known *line = looked_up ? &known[hash * 0x9E3779B97F4A7C15u >> shift] : NULL;
+    __builtin_prefetch(line);
     w->p = p;
     w->n = n;
     w->key[0] = key[0];
     w->key[1] = key[1];
-    w->set = set;
+    w->line = line;
 }
 
-/* The slot that holds the word, or NULL. */
-static inline const llm__enc_known *llm__enc_lookup(const llm__enc_seen *w) {
-    const llm__enc_known *slot = w->set;
-    slot += ((slot->key[0] ^ w->key[0]) | (slot->key[1] ^ w->key[1])) != 0;
-    return (slot->key[0] ^ w->key[0]) | (slot->key[1] ^ w->key[1]) ? NULL : slot;
+static inline bool llm__enc_differs(const uint64_t a[2], const uint64_t b[2]) {
+    return ((a[0] ^ b[0]) | (a[1] ^ b[1])) != 0;
 }
 
-static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w);
+/* Copies the tokens of a word to ids, where there is room for LLM__KNOWN_IDS, and returns their number; 0 if the word
+   is not known. */
+static inline llm_token llm__enc_lookup(const llm__enc_seen *w, llm_token *ids) {
+    const llm__enc_known *line = w->line;
+    if (w->n <= LLM__KNOWN_SHORT) {
+        const llm__enc_short *slot = &line->words[llm__enc_differs(line->words[0].key, w->key)];
+        if (llm__enc_differs(slot->key, w->key)) return 0;
+        memcpy(ids, slot->ids, sizeof slot->ids);
+        if (slot->count > 3) memcpy(ids + 3, &line->words[1], 4 * sizeof *ids);
+        return slot->count;
+    }
+    uint64_t tail[2];
+    llm__enc_read(w->p + LLM__KNOWN_SHORT, w->n - LLM__KNOWN_SHORT, tail);
+    if (llm__enc_differs(line->lengthy.key, w->key) || llm__enc_differs(line->lengthy.key + 2, tail)) return 0;
+    memcpy(ids, line->lengthy.ids, sizeof line->lengthy.ids);
+    return line->lengthy.count;
+}
 
-/* A part of a word that no merge leaves. `whole`: it is the whole word, which was looked for already. */
-static void llm__enc_part(llm__enc_job *job, const uint8_t *p, size_t n, bool whole, bool *unknown) {
-    if (whole || !llm__enc_whole(job, p, p + n, false)) llm__enc_merge_word(job, p, n, unknown);
+/* Puts a word with its tokens into its line. Of two short words the newest comes first. */
+static void llm__enc_keep(const llm__enc_seen *w, const llm_token ids[LLM__KNOWN_IDS], llm_token count) {
+    llm__enc_known line;
+    memset(&line, 0, sizeof line);
+    memcpy(line.lengthy.key, w->key, sizeof w->key);
+    if (w->n > LLM__KNOWN_SHORT) {
+        llm__enc_read(w->p + LLM__KNOWN_SHORT, w->n - LLM__KNOWN_SHORT, line.lengthy.key + 2);
+        memcpy(line.lengthy.ids, ids, sizeof line.lengthy.ids);
+        line.lengthy.count = count;
+    } else {
+        const llm__enc_short *first = &w->line->words[0];
+        memcpy(line.words[0].ids, ids, sizeof line.words[0].ids);
+        line.words[0].count = count;
+        if (count > 3) memcpy(&line.words[1], ids + 3, 4 * sizeof *ids);
+        else if (first->key[1] >> 56 <= LLM__KNOWN_SHORT && first->count <= 3) line.words[1] = *first;
+    }
+    *w->line = line;
+}
+
+static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w, bool is_part);
+
+/* A part of a word that no merge leaves. */
+static void llm__enc_part(llm__enc_job *job, const uint8_t *p, size_t n, bool *unknown) {
+    if (!llm__enc_whole(job, p, p + n, false)) llm__enc_merge_word(job, p, n, unknown);
     else *unknown = false;
 }
 
@@ -10331,51 +10508,41 @@ static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *en
     llm__enc_seen parts[AT_ONCE];
     const bool known = job->known && !job->t->ignore_merges && !job->t->fuse_unk;
     bool unknown = false;
-    if (llm__enc_whole(job, p, end, job->t->ignore_merges)) return;
+    if (job->t->ignore_merges && llm__enc_whole(job, p, end, true)) return;
     for (const uint8_t *begin = p, *q; p < end;) {
         int n = 0;
         for (; p < end && n < AT_ONCE; p = q, n++) {
             for (q = p + 1; q < end && llm__bpe_may_join(job->t, p, q, end);) q++;
             parts[n].p = p;
             parts[n].n = (size_t)(q - p);
-            parts[n].set = NULL;
-            if (known && end - p >= 16) llm__enc_see(&parts[n], job->known, 64 - job->known_bits, p, (size_t)(q - p));
+            parts[n].line = NULL;
+            if (known && job->stop - p > LLM__KNOWN_LENGTH && parts[n].n < (size_t)(end - begin))
+                llm__enc_see(&parts[n], job->known, 64 - job->known_bits, p, (size_t)(q - p));
         }
         for (int i = 0; i < n; i++)
-            if (parts[i].set) llm__enc_seen_word(job, &parts[i]);
-            else
-                llm__enc_part(job, parts[i].p, parts[i].n, parts[i].p == begin && parts[i].p + parts[i].n == end,
-                              &unknown);
+            if (parts[i].line) llm__enc_seen_word(job, &parts[i], true);
+            else llm__enc_part(job, parts[i].p, parts[i].n, &unknown);
     }
 }
 
-/* Encodes a word that no slot holds, and puts it into this set of two if it fits: the newest word comes first. */
-static void llm__enc_new_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end, llm__enc_known *set,
-                              const uint64_t key[2]) {
-    llm__enc_job alone = *job;
-    llm__enc_known word = {{key[0], key[1]}, {0, 0, 0}, 0};
-    alone.ids = word.ids;
-    alone.capacity = 3;
-    alone.count = 0;
-    alone.after_bos = false;
-    alone.known = NULL; /* its parts are not looked up */
-    llm__enc_word(&alone, p, end);
-    if (!alone.count || alone.count > 3) {
-        llm__enc_word(job, p, end);
-        return;
+/* Encodes a word or a part of one, which is looked up first and remembered if it is new. */
+static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w, bool is_part) {
+    llm_token ids[LLM__KNOWN_IDS], *many = ids;
+    llm_token count = llm__enc_lookup(w, ids);
+    bool unknown = false;
+    if (!count) {
+        llm__enc_job alone = *job;
+        llm_token made[LLM__KNOWN_LENGTH] = {0};
+        alone.ids = many = made;
+        alone.capacity = LLM__KNOWN_LENGTH;
+        alone.count = 0;
+        alone.after_bos = false;
+        if (is_part) llm__enc_part(&alone, w->p, w->n, &unknown);
+        else llm__enc_word(&alone, w->p, w->p + w->n);
+        count = (llm_token)alone.count;
+        if (count && count <= LLM__KNOWN_IDS) llm__enc_keep(w, made, count);
     }
-    word.count = (llm_token)alone.count;
-    for (size_t i = 0; i < alone.count; i++) llm__enc_emit(job, word.ids[i]);
-    set[1] = set[0];
-    set[0] = word;
-}
-
-/* Encodes a word of the table, or one that is new to it. */
-static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w) {
-    const llm__enc_known *slot = llm__enc_lookup(w);
-    if (!slot) llm__enc_new_word(job, w->p, w->p + w->n, w->set, w->key);
-    else
-        for (llm_token k = 0; k < slot->count; k++) llm__enc_emit(job, slot->ids[k]);
+    for (llm_token k = 0; k < count; k++) llm__enc_emit(job, many[k]);
 }
 
 /* Words that are encoded together: first all are found, then all are looked up, then their tokens are stored. So the
@@ -10388,17 +10555,16 @@ typedef struct llm__enc_batch {
 } llm__enc_batch;
 
 /* Stores the tokens of the words from the i-th on, as long as they are known and fit. Returns the number of words.
-   We copy 3 tokens of each, which takes no branch. The next word overwrites those that do not count. */
+   The next word overwrites the tokens of each that do not count. */
 static int llm__enc_store_known(llm__enc_job *job, const llm__enc_batch *batch, int i) {
     const int from = i;
-    const llm__enc_known *slot;
     if (!job->ids || job->after_bos || job->count > job->capacity) return 0;
     llm_token *ids = job->ids + job->count;
     const llm_token *last = job->ids + job->capacity;
-    for (; i < batch->n && last - ids >= 3; i++) {
-        if (!batch->words[i].set || !(slot = llm__enc_lookup(&batch->words[i]))) break;
-        memcpy(ids, slot->ids, sizeof slot->ids);
-        ids += slot->count;
+    for (; i < batch->n && last - ids >= LLM__KNOWN_IDS; i++) {
+        const llm_token count = batch->words[i].line ? llm__enc_lookup(&batch->words[i], ids) : 0;
+        if (!count) break;
+        ids += count;
     }
     if (i == from) return 0;
     job->last = ids[-1];
@@ -10409,7 +10575,7 @@ static int llm__enc_store_known(llm__enc_job *job, const llm__enc_batch *batch, 
 static void llm__enc_flush(llm__enc_job *job, llm__enc_batch *batch) {
     for (int i = 0; (i += llm__enc_store_known(job, batch, i)) < batch->n; i++) {
         const llm__enc_seen *w = &batch->words[i];
-        if (w->set) llm__enc_seen_word(job, w);
+        if (w->line) llm__enc_seen_word(job, w, false);
         else llm__enc_word(job, w->p, w->p + w->n);
     }
     batch->n = 0;
@@ -10440,17 +10606,16 @@ static const uint8_t *llm__enc_blocks(llm__enc_job *job, llm__enc_batch *batch, 
 }
 
 /* Adds a word that no block shows. */
-static void llm__enc_one_word(llm__enc_job *job, llm__enc_batch *batch, const uint8_t *p, const uint8_t *to,
-                              const uint8_t *end) {
+static void llm__enc_one_word(llm__enc_job *job, llm__enc_batch *batch, const uint8_t *p, const uint8_t *to) {
     if (batch->n > LLM__ENC_BATCH) llm__enc_flush(job, batch);
     llm__enc_seen *w = &batch->words[batch->n++];
-    if (end - p >= 16) {
+    if (job->stop - p > LLM__KNOWN_LENGTH) {
         llm__enc_see(w, job->known, 64 - job->known_bits, p, (size_t)(to - p));
         return;
     }
     w->p = p;
     w->n = (size_t)(to - p);
-    w->set = NULL;
+    w->line = NULL;
 }
 
 /* Encodes a text that needs no rules, where no merge crosses the front of the first space in a run. It is cut there, so
@@ -10469,10 +10634,10 @@ static void llm__enc_spaced(llm__enc_job *job, llm__enc_batch *batch, const uint
     }
     for (const uint8_t *to = p > from ? p : from + 1; to < end; to++) {
         if (*to != ' ' || to[-1] == ' ') continue;
-        llm__enc_one_word(job, batch, from, to, end);
+        llm__enc_one_word(job, batch, from, to);
         from = to;
     }
-    llm__enc_one_word(job, batch, from, end, end);
+    llm__enc_one_word(job, batch, from, end);
 }
 
 /* A rule that cuts out each digit, before the last rule. Both are applied at once. */
@@ -10491,7 +10656,7 @@ static void llm__enc_split_digits(llm__enc_job *job, llm__enc_batch *batch, cons
         if ((p = llm__enc_blocks(job, batch, rule + 1, true, p, end)) == end) break;
         if (p >= to) to = llm__pre_find_run(c, rule, p, end, &number);
         const uint8_t *word = p < number ? llm__pre_gpt2_word(c, p, number) : to;
-        llm__enc_one_word(job, batch, p, word, end);
+        llm__enc_one_word(job, batch, p, word);
         p = word;
     }
 }
@@ -10514,7 +10679,7 @@ static void llm__enc_split(llm__enc_job *job, llm__enc_batch *batch, const llm__
         if (from > p) llm__enc_split(job, batch, rule + 1, p, from);
         if (to == from) break; /* the text ends */
         if (!is_last) llm__enc_split(job, batch, rule + 1, from, to);
-        else llm__enc_one_word(job, batch, from, to, end);
+        else llm__enc_one_word(job, batch, from, to);
         p = to;
     }
 }
@@ -10624,6 +10789,7 @@ static void llm__enc_plain(llm__enc_job *job, const uint8_t *p, const uint8_t *e
     }
     llm__enc_batch batch;
     batch.n = 0;
+    job->stop = end;
     llm__enc_split(job, &batch, job->t->rules, p, end);
     llm__enc_flush(job, &batch);
 }
@@ -10953,6 +11119,16 @@ static void llm__vocab_check_piece(llm__env *env, const char *name, size_t i, ll
 }
 
 /* Adds a token to the hash table of pieces, in which words and merges are looked up. */
+static void llm__vocab_begin_chars(llm__env *env, llm_tokenizer *t) {
+    t->char_tokens = (llm_token *)llm__alloc(env, LLM__N_CHARS, sizeof *t->char_tokens);
+    memset(t->char_tokens, 0xFF, LLM__N_CHARS * sizeof *t->char_tokens);
+}
+
+static void llm__vocab_add_char(llm_tokenizer *t, llm__str s, llm_token id) {
+    const uint8_t *p = (const uint8_t *)s.at, *next;
+    if ((s.n == 2 || s.n == 3) && llm__utf8_length(p, p + s.n) == s.n) t->char_tokens[llm__utf8_decode(p, &next)] = id;
+}
+
 static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v,
                                    const llm__vocab_work *work, llm_token id, uint64_t hash) {
     llm__str s = llm__vocab_piece(t, id);
@@ -10968,6 +11144,7 @@ static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__v
     slot->n = (uint32_t)s.n;
     slot->id = id;
     if (s.n > t->longest_piece) t->longest_piece = s.n;
+    llm__vocab_add_char(t, s, id);
     for (size_t i = 1; i < s.n; i++) {
         const uint8_t *p = (const uint8_t *)s.at + i;
         work->adjacent[256 * p[-1] + p[0]] = 1;
@@ -11051,6 +11228,7 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
     t->whole = (uint8_t *)llm__alloc_zero(env, v->n_pieces, 1);
     t->join_mask = llm__bpe_join_bits(room) - 1;
     t->char_joins = (uint8_t *)llm__alloc_zero(env, llm__bpe_join_bytes(room), 1);
+    llm__vocab_begin_chars(env, t);
     for (size_t first = 0; first < v->n_pieces; first += LLM__BUILD_AHEAD) {
         uint64_t hashes[LLM__BUILD_AHEAD];
         size_t n = v->n_pieces - first;
@@ -11183,6 +11361,8 @@ static void llm__bpe_build_merges(llm__env *env, llm_tokenizer *t, const llm__vo
                                   const llm__vocab_work *work) {
     llm__bpe_merge_bytes batch[LLM__BUILD_AHEAD];
     llm_token next = 0;
+    uint8_t *used = (uint8_t *)llm__alloc_zero(env, v->n_pieces, 1); /* 1: a merge takes the token */
+    t->ranks_grow = true;
     memset(batch, 0, sizeof batch);
     for (size_t first = 0; first < v->n_merges; first += LLM__BUILD_AHEAD) {
         size_t n = v->n_merges - first;
@@ -11192,9 +11372,13 @@ static void llm__bpe_build_merges(llm__env *env, llm_tokenizer *t, const llm__vo
             llm__bpe_find_merge(env, t, v, work, first + i, next, &batch[i]);
             next = batch[i].merged + 1;
         }
-        for (size_t i = 0; i < n; i++)
+        for (size_t i = 0; i < n; i++) {
             llm__bpe_add_pair(env, t, batch[i].left, batch[i].right, batch[i].merged, (uint32_t)(first + i));
+            used[batch[i].left] = used[batch[i].right] = 1;
+            if (used[batch[i].merged]) t->ranks_grow = false;
+        }
     }
+    llm__free(env->pool, used);
     t->n_ranks = (uint32_t)v->n_merges;
     for (size_t i = 0; i < LLM__BUILD_AHEAD; i++) llm__free(env->pool, batch[i].p);
 }
@@ -11225,8 +11409,12 @@ static void llm__bpe_build_scored(llm__env *env, llm_tokenizer *t, const llm__vo
         order[n++].id = (llm_token)i;
     }
     qsort(order, n, sizeof *order, llm__bpe_compare_scores);
+    uint8_t *used = (uint8_t *)llm__alloc_zero(env, v->n_pieces, 1); /* 1: a merge takes the token */
+    t->ranks_grow = true;
     for (size_t i = 0; i < n; i++) {
         if (i && order[i].score != order[i - 1].score) t->n_ranks++;
+        else if (i) t->ranks_grow = false;
+        if (used[order[i].id]) t->ranks_grow = false;
         llm__str s = llm__vocab_piece(t, order[i].id);
         const uint8_t *p = (const uint8_t *)s.at, *end = p + s.n, *q = p;
         for (;;) {
@@ -11234,11 +11422,13 @@ static void llm__bpe_build_scored(llm__env *env, llm_tokenizer *t, const llm__vo
             else q++;
             if (q >= end) break;
             llm_token left = llm__vocab_find(t, p, (size_t)(q - p)), right = llm__vocab_find(t, q, (size_t)(end - q));
-            if (left != LLM__NONE && right != LLM__NONE)
-                llm__bpe_add_pair(env, t, left, right, order[i].id, t->n_ranks);
+            if (left == LLM__NONE || right == LLM__NONE) continue;
+            llm__bpe_add_pair(env, t, left, right, order[i].id, t->n_ranks);
+            used[left] = used[right] = 1;
         }
     }
     t->n_ranks++;
+    llm__free(env->pool, used);
     llm__free(env->pool, order);
 }
 
@@ -12784,8 +12974,28 @@ static void llm__packed_check_id(llm__env *env, const llm_tokenizer *t, llm_toke
         llm__fail(env, LLM_ERROR_FORMAT, "token %ld of the tokenizer is not one of its %d", (long)id, t->n_vocab);
 }
 
+/* Finds whether each merge has a higher rank than those that make its two tokens. SentencePiece does not need that. */
+static void llm__packed_check_ranks(llm__env *env, llm_tokenizer *t) {
+    const size_t n = (size_t)t->n_vocab;
+    if (t->sentencepiece) return;
+    uint32_t *made = (uint32_t *)llm__alloc_zero(env, 2 * n, sizeof *made); /* [n] 1 + the highest rank that makes it */
+    uint32_t *used = made + n; /* [n] how much lower than LLM__NO_RANK the lowest rank is that takes it */
+    for (size_t i = 0; i <= t->pair_mask; i++) {
+        const llm__bpe_pair_slot *slot = &t->pairs[i];
+        if (slot->left == LLM__NONE) continue;
+        const uint32_t below = LLM__NO_RANK - slot->rank;
+        if (slot->rank >= made[slot->merged]) made[slot->merged] = slot->rank + 1;
+        if (below > used[slot->left]) used[slot->left] = below;
+        if (below > used[slot->right]) used[slot->right] = below;
+    }
+    t->ranks_grow = true;
+    for (size_t i = 0; i < n; i++) t->ranks_grow = t->ranks_grow && (uint64_t)made[i] + used[i] <= LLM__NO_RANK;
+    llm__free(env->pool, made);
+}
+
 static void llm__packed_check_tables(llm__env *env, llm_tokenizer *t, size_t n_bytes) {
     const size_t n = (size_t)t->n_vocab;
+    llm__vocab_begin_chars(env, t);
     for (size_t i = 0; i < n; i++) {
         if (t->offsets[i] > t->offsets[i + 1])
             llm__fail(env, LLM_ERROR_FORMAT, "the text of token %lu ends before it begins", (unsigned long)i);
@@ -12811,6 +13021,7 @@ static void llm__packed_check_tables(llm__env *env, llm_tokenizer *t, size_t n_b
         if (slot->n != s.n || !s.n || (t->sentencepiece && llm__utf8_check((const uint8_t *)s.at, end) != end))
             llm__fail(env, LLM_ERROR_FORMAT, "token %ld of the tokenizer has the wrong text", (long)slot->id);
         if (s.n > t->longest_piece) t->longest_piece = s.n;
+        llm__vocab_add_char(t, s, slot->id);
     }
     llm__free(env->pool, seen);
     used = 0;
@@ -12826,6 +13037,7 @@ static void llm__packed_check_tables(llm__env *env, llm_tokenizer *t, size_t n_b
         llm__packed_check_id(env, t, slot->merged);
     }
     for (int i = 0; i < 256; i++) llm__packed_check_id(env, t, t->byte_tokens[i]);
+    llm__packed_check_ranks(env, t);
 }
 
 static void llm__packed_specials(llm__packed *p, const llm_tokenizer *t, llm__special_set *set) {
@@ -21170,6 +21382,8 @@ enum {
     LLM__GRAM_KEPT_BYTES = 1 << 25, /* of all states; if they take more, the next mask begins without any */
     LLM__GRAM_KEPT_MASKS = 256,     /* masks that are stored; the oldest makes room */
     LLM__GRAM_MOST_PLAIN = 20,      /* characters of a plain token */
+    LLM__GRAM_ROUND,                /* as a number of plain characters: the rule, or the round, ends there */
+    LLM__GRAM_MOST_LOOKS = 1 << 18, /* at nodes, to find where plain characters may follow */
     LLM__GRAM_INLINED = 60          /* rules of fewer expressions that call no others are copied, not called */
 };
 
@@ -21231,6 +21445,7 @@ typedef struct llm__gram_node {
 
 typedef struct llm__gram_repeat {
     uint32_t body, min, max;
+    bool any[2]; /* each plain character, of ASCII or any, can be a round */
 } llm__gram_repeat;
 
 /* A grammar being built. Expression 0 is none. */
@@ -21491,6 +21706,7 @@ static uint32_t llm__gram_compile_repeat(llm__gram_builder *b, const llm__gram_e
     r->body = body;
     r->min = min;
     r->max = max;
+    r->any[0] = r->any[1] = false;
     return llm__gram_node_of(b, LLM__GRAM_COUNT, next, (uint32_t)b->n_repeats++);
 }
 
@@ -21830,7 +22046,8 @@ typedef struct llm__gram_state {
     uint32_t first_wait, n_wait; /* in waits: the calls */
     int32_t plain[2];            /* the state after any plain character, of ASCII or not, or one of those below */
     int32_t room[2];             /* see llm__gram_plain_room, or LLM__GRAM_UNKNOWN */
-    int32_t loops;               /* the groups of bytes that lead back here, or LLM__GRAM_UNKNOWN */
+    int32_t least[2];            /* see llm__gram_least_room, or LLM__GRAM_UNKNOWN */
+    int32_t groups, to;          /* see llm__gram_common_groups, or LLM__GRAM_UNKNOWN */
     int32_t mask;                /* in masks, or -1 */
     bool accepts, expanded;
 } llm__gram_state;
@@ -21849,6 +22066,8 @@ struct llm_grammar {
     llm__gram_rule *rules;
     llm__gram_node *nodes;
     llm__gram_repeat *repeats;
+    uint8_t *rooms[2]; /* [n_nodes] see llm__gram_find_rooms */
+    int8_t *follow[2]; /* [n_nodes] the room after a node's character, or LLM__GRAM_ROUND; -1: not all fit */
     llm__gram_trie trie;
     uint8_t classes[256]; /* bytes of one class are alike to every node */
     uint8_t class_byte[256];
@@ -22014,6 +22233,161 @@ static bool llm__gram_can_skip(const llm_grammar *g, const llm__gram_node *n) {
     return g->repeats[n->other].min == 0;
 }
 
+/* UTF-8 characters of several bytes. A row has the min and max of the first byte, how many bytes follow it, and the min
+   and max of the second byte. */
+static const uint8_t llm__gram_leads[8][5] = {
+    {0xC2, 0xDF, 1, 0x80, 0xBF}, {0xE0, 0xE0, 2, 0xA0, 0xBF}, {0xE1, 0xEC, 2, 0x80, 0xBF}, {0xED, 0xED, 2, 0x80, 0x9F},
+    {0xEE, 0xEF, 2, 0x80, 0xBF}, {0xF0, 0xF0, 3, 0x90, 0xBF}, {0xF1, 0xF3, 3, 0x80, 0xBF}, {0xF4, 0xF4, 3, 0x80, 0x8F}};
+
+/* The rounds that may follow a round of which `count` come before, as far as they matter. */
+static int llm__gram_rounds_left(const llm__gram_repeat *repeat, uint32_t count) {
+    uint32_t left = repeat->max == LLM__GRAM_ENDLESS ? UINT32_MAX : repeat->max - count - 1;
+    return left < LLM__GRAM_MOST_PLAIN ? (int)left : LLM__GRAM_MOST_PLAIN;
+}
+
+/* The plain characters that may follow once a byte has led to a node; `end`, if that is the end of a rule or round. */
+static int llm__gram_room_of(const llm_grammar *g, llm__gram_part_kind kind, uint32_t node, int end) {
+    return node ? g->rooms[kind][node] : end;
+}
+
+/* The plain characters that may follow after any `more` bytes that continue a character, the first of them from lo to
+   hi; -1 if not all such bytes fit, or if the nodes are too many to tell. */
+static int llm__gram_room_of_tail(const llm_grammar *g, uint32_t node, int end, int more, int lo, int hi) {
+    enum { MOST = 16 };
+    uint32_t work[MOST + 1];
+    int8_t best[256];
+    int n_work = 1, least = LLM__GRAM_ROUND;
+    memset(best, -1, sizeof best);
+    work[0] = node;
+    for (int looks = 0; n_work && looks < MOST; looks++) {
+        const llm__gram_node *n = &g->nodes[work[--n_work]];
+        if (n->kind == LLM__GRAM_SPLIT) {
+            work[n_work++] = n->other;
+            work[n_work++] = n->next;
+        } else if (n->kind == LLM__GRAM_RANGE && g->nodes[n->next].productive) {
+            int room = more > 1 ? llm__gram_room_of_tail(g, n->next, end, more - 1, 0x80, 0xBF)
+                                : llm__gram_room_of(g, LLM__GRAM_PLAIN, n->next, end);
+            for (int byte = n->lo; byte <= n->hi; byte++)
+                if (best[byte] < room) best[byte] = (int8_t)room;
+        }
+    }
+    for (int byte = lo; byte <= hi; byte++)
+        if (best[byte] < least) least = best[byte];
+    return least;
+}
+
+/* The plain characters that may follow after a node's byte and, if that begins a character, the rest of it. */
+static int llm__gram_room_after(const llm_grammar *g, llm__gram_part_kind kind, uint32_t node, int end) {
+    const llm__gram_node *n = &g->nodes[node];
+    int least = LLM__GRAM_ROUND;
+    if (n->hi < 0x80) return llm__gram_room_of(g, kind, n->next, end);
+    for (int i = 0; i < 8 && kind == LLM__GRAM_PLAIN; i++) {
+        const uint8_t *lead = llm__gram_leads[i];
+        if (n->lo > lead[1] || n->hi < lead[0]) continue;
+        int room = llm__gram_room_of_tail(g, n->next, end, lead[2], lead[3], lead[4]);
+        if (room < least) least = room;
+    }
+    return least;
+}
+
+/* Enters the room after a node for each byte that it takes. */
+static void llm__gram_put_room(const llm__gram_node *n, int room, int8_t best[256]) {
+    for (int byte = n->lo; byte <= n->hi; byte++)
+        if (best[byte] < room) best[byte] = (int8_t)room;
+}
+
+/* How many plain characters may follow, whichever they are, if best[byte] may follow after each byte, -1: it does not
+   fit. */
+static int llm__gram_room_by(llm__gram_part_kind kind, const int8_t best[256]) {
+    int least = LLM__GRAM_ROUND;
+    for (int byte = 0x20; byte < 0x7F; byte++)
+        if (best[byte] < least && byte != '"' && byte != '\\') least = best[byte];
+    for (int byte = 0xC2; byte <= 0xF4 && kind == LLM__GRAM_PLAIN; byte++)
+        if (best[byte] < least) least = best[byte];
+    return least + 1;
+}
+
+/* How many plain characters may follow at a node, of whose rule, or round, the end has this room. */
+static int llm__gram_room_at(const llm_grammar *g, llm__gram_part_kind kind, uint32_t node, int end, size_t *n_looks) {
+    enum { MOST = 256 }; /* nodes; if there are more, some of them are not looked at */
+    struct {
+        uint32_t node;
+        int end;
+    } work[MOST + 2];
+    int8_t best[256];
+    int n_work = 1;
+    memset(best, -1, sizeof best);
+    work[0].node = node;
+    work[0].end = end;
+    for (int looks = 0; n_work && looks < MOST; looks++, ++*n_looks) {
+        node = work[--n_work].node;
+        end = work[n_work].end;
+        const llm__gram_node *from = &g->nodes[node];
+        if (!from->productive || from->kind == LLM__GRAM_END) continue;
+        if (from->kind == LLM__GRAM_RANGE) {
+            llm__gram_put_room(from, llm__gram_room_after(g, kind, node, end), best);
+            continue;
+        }
+        if (from->kind == LLM__GRAM_SPLIT || llm__gram_can_skip(g, from)) {
+            work[n_work].node = from->next;
+            work[n_work++].end = end;
+        }
+        work[n_work].node = from->other;
+        work[n_work].end = end;
+        if (from->kind == LLM__GRAM_CALL) {
+            work[n_work].node = g->rules[from->other].start;
+            if (from->next) work[n_work].end = 0; /* else the rule returns to where this one does */
+        } else if (from->kind == LLM__GRAM_COUNT) {
+            const llm__gram_repeat *repeat = &g->repeats[from->other];
+            work[n_work].node = repeat->body;
+            work[n_work].end = repeat->any[kind] ? llm__gram_rounds_left(repeat, 0) : 0;
+        }
+        n_work++;
+    }
+    return llm__gram_room_by(kind, best);
+}
+
+/* Finds for each node behind a byte how many plain characters may follow before the rule ends, whichever they are, and
+   at most LLM__GRAM_MOST_PLAIN. It begins with that number and lowers it where less is found, until nothing changes.
+   A number that is too small is no error: then more is searched when a mask is made. So all are 0 if they are not
+   found within LLM__GRAM_MOST_LOOKS. */
+static void llm__gram_find_rooms(llm__env *env, llm_grammar *g, size_t n_nodes, size_t n_repeats) {
+    uint32_t *left = (uint32_t *)llm__alloc(env, n_nodes, sizeof *left); /* nodes that may have room */
+    for (int k = LLM__GRAM_ASCII; k < LLM__GRAM_REST; k++) {
+        llm__gram_part_kind kind = (llm__gram_part_kind)k;
+        uint8_t *rooms = g->rooms[k] = (uint8_t *)llm__alloc_zero(env, n_nodes, 1);
+        size_t n_left = 0, n_looks = 0;
+        for (size_t i = 0; i < n_repeats && n_looks < LLM__GRAM_MOST_LOOKS; i++) /* only the end has room here */
+            g->repeats[i].any[k] =
+                llm__gram_room_at(g, kind, g->repeats[i].body, LLM__GRAM_ROUND, &n_looks) > LLM__GRAM_ROUND;
+        for (size_t i = 0; i < n_nodes; i++) {
+            uint32_t next = g->nodes[i].next;
+            const llm__gram_node *n = &g->nodes[next];
+            if (g->nodes[i].kind != LLM__GRAM_RANGE || next == 0 || rooms[next]) continue;
+            if (n->kind == LLM__GRAM_RANGE && (n->lo > ' ' || n->hi < '~')) continue;
+            rooms[next] = LLM__GRAM_MOST_PLAIN;
+            left[n_left++] = next;
+        }
+        for (bool changed = n_left > 0; changed;) {
+            size_t n_kept = 0;
+            changed = false;
+            for (size_t i = 0; i < n_left; i++) {
+                uint32_t node = left[i];
+                int room = n_looks < LLM__GRAM_MOST_LOOKS ? llm__gram_room_at(g, kind, node, 0, &n_looks) : 0;
+                changed |= room < rooms[node];
+                if (room < rooms[node]) rooms[node] = (uint8_t)room;
+                if (room) left[n_kept++] = node;
+            }
+            n_left = n_kept;
+        }
+        g->follow[k] = (int8_t *)llm__alloc_zero(env, n_nodes, 1);
+        for (size_t i = 0; i < n_nodes; i++)
+            if (g->nodes[i].kind == LLM__GRAM_RANGE)
+                g->follow[k][i] = (int8_t)llm__gram_room_after(g, kind, (uint32_t)i, LLM__GRAM_ROUND);
+    }
+    llm__free(env->pool, left);
+}
+
 /* Adds the core of a new state to items: what the items in `work` lead to without a byte. Returns whether the text may
    end there. */
 static bool llm__gram_find_core(llm__env *env, llm_grammar *g) {
@@ -22078,7 +22452,8 @@ static int32_t llm__gram_intern_state(llm__env *env, llm_grammar *g) {
     s.accepts = llm__gram_find_core(env, g);
     llm__gram_sort_items(g, s.first_core);
     s.n_core = (uint32_t)(g->n_items - s.first_core);
-    s.plain[0] = s.plain[1] = s.room[0] = s.room[1] = s.loops = LLM__GRAM_UNKNOWN;
+    s.plain[0] = s.plain[1] = s.room[0] = s.room[1] = LLM__GRAM_UNKNOWN;
+    s.least[0] = s.least[1] = s.groups = s.to = LLM__GRAM_UNKNOWN;
     s.mask = -1;
     if (!s.n_core && !s.accepts) return LLM__GRAM_DEAD;
     if (2 * g->n_states > table->mask) {
@@ -22215,12 +22590,6 @@ static int32_t llm__gram_step_all(llm__env *env, llm_grammar *g, int32_t state, 
     return to;
 }
 
-/* UTF-8 characters of several bytes. A row has the min and max of the first byte, how many bytes follow it, and the min
-   and max of the second byte. */
-static const uint8_t llm__gram_leads[8][5] = {
-    {0xC2, 0xDF, 1, 0x80, 0xBF}, {0xE0, 0xE0, 2, 0xA0, 0xBF}, {0xE1, 0xEC, 2, 0x80, 0xBF}, {0xED, 0xED, 2, 0x80, 0x9F},
-    {0xEE, 0xEF, 2, 0x80, 0xBF}, {0xF0, 0xF0, 3, 0x90, 0xBF}, {0xF1, 0xF3, 3, 0x80, 0xBF}, {0xF4, 0xF4, 3, 0x80, 0x8F}};
-
 /* The state after the rest of a character, whichever it is; or LLM__GRAM_MIXED. */
 static int32_t llm__gram_finish_char(llm__env *env, llm_grammar *g, int32_t state, const uint8_t lead[5]) {
     for (int n = lead[2], lo = lead[3], hi = lead[4]; n > 0 && state >= 0; n--) {
@@ -22257,8 +22626,40 @@ static int32_t llm__gram_plain_step(llm__env *env, llm_grammar *g, int32_t state
     return g->states[state].plain[kind];
 }
 
+static int llm__gram_find_least_room(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
+    int8_t best[256];
+    memset(best, -1, sizeof best);
+    if (!g->states[state].expanded) llm__gram_expand(env, g, (uint32_t)state);
+    const llm__gram_state *s = &g->states[state];
+    for (uint32_t i = 0; i < s->n_scan; i++) {
+        llm__gram_item item = g->items[s->first_scan + i];
+        int room = g->follow[kind][item.node];
+        if (room == LLM__GRAM_ROUND) {
+            const llm__gram_return *r = item.ret ? &g->returns[item.ret - 1] : NULL;
+            room = 0;
+            if (r && r->place & LLM__GRAM_ROUNDS) {
+                const llm__gram_repeat *repeat = &g->repeats[g->nodes[r->place & ~LLM__GRAM_ROUNDS].other];
+                if (repeat->any[kind]) room = llm__gram_rounds_left(repeat, r->count);
+            }
+        }
+        llm__gram_put_room(&g->nodes[item.node], room, best);
+    }
+    int room = llm__gram_room_by(kind, best);
+    return room < LLM__GRAM_MOST_PLAIN ? room : LLM__GRAM_MOST_PLAIN;
+}
+
+/* How many plain characters may come next at least, whichever they are, as the items alone tell. */
+static int llm__gram_least_room(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
+    if (g->states[state].least[kind] == LLM__GRAM_UNKNOWN) {
+        int room = llm__gram_find_least_room(env, g, state, kind);
+        g->states[state].least[kind] = room;
+    }
+    return g->states[state].least[kind];
+}
+
 static int llm__gram_find_room(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
     int most = g->trie.plain[kind].longest, n = 0;
+    if (llm__gram_least_room(env, g, state, kind) >= most) return most;
     for (; n < most; n++) {
         int32_t next = llm__gram_plain_step(env, g, state, kind);
         if (next == LLM__GRAM_MIXED) return -1;
@@ -22279,6 +22680,12 @@ static int llm__gram_plain_room(llm__env *env, llm_grammar *g, int32_t state, ll
     return g->states[state].room[kind];
 }
 
+/* Whether it is certain that any n plain characters fit. */
+static bool llm__gram_plain_fit(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind, int n) {
+    if (n > g->trie.plain[kind].longest) n = g->trie.plain[kind].longest; /* more bytes, but not more characters */
+    return llm__gram_least_room(env, g, state, kind) >= n || llm__gram_plain_room(env, g, state, kind) >= n;
+}
+
 /* Sets the bits of n tokens. */
 static void llm__gram_set_bits(uint64_t *bits, const llm_token *ids, size_t n) {
     for (size_t i = 0; i < n; i++) bits[ids[i] >> 6] |= (uint64_t)1 << (ids[i] & 63);
@@ -22288,25 +22695,56 @@ static void llm__gram_clear_bits(uint64_t *bits, const llm_token *ids, size_t n)
     for (size_t i = 0; i < n; i++) bits[ids[i] >> 6] &= ~((uint64_t)1 << (ids[i] & 63));
 }
 
-/* The groups of which all bytes lead from a state to itself. */
-static unsigned llm__gram_loops(llm__env *env, llm_grammar *g, int32_t state) {
-    unsigned others = 0;
-    if (g->states[state].loops != LLM__GRAM_UNKNOWN) return (unsigned)g->states[state].loops;
-    for (int c = 0; c < g->n_classes; c++)
-        if ((g->class_groups[c] & ~others) && llm__gram_step(env, g, state, c) != state) others |= g->class_groups[c];
-    g->states[state].loops = (int32_t)(0xFFFF & ~others);
-    return 0xFFFF & ~others;
+/* The groups of which all bytes lead from a state to the same other: the one that most groups lead to. *to is that
+   state. Of a state with many items, whose steps take long, only those that lead back to it are found. */
+static unsigned llm__gram_common_groups(llm__env *env, llm_grammar *g, int32_t state, int32_t *to) {
+    enum { GROUPS = 16, MANY = 64 };
+    int32_t ends[GROUPS], best = LLM__GRAM_DEAD;
+    unsigned groups = 0;
+    if (g->states[state].groups == LLM__GRAM_UNKNOWN) {
+        if (!g->states[state].expanded) llm__gram_expand(env, g, (uint32_t)state);
+        int32_t wanted = g->states[state].n_scan > MANY ? state : LLM__GRAM_UNKNOWN;
+        for (int i = 0; i < GROUPS; i++) ends[i] = wanted;
+        for (int c = 0; c < g->n_classes; c++)
+            for (unsigned left = g->class_groups[c]; left; left &= left - 1) {
+                int32_t *end = &ends[__builtin_ctz(left)];
+                if (*end == LLM__GRAM_MIXED || *end == LLM__GRAM_DEAD) continue;
+                int32_t next = llm__gram_step(env, g, state, c);
+                *end = *end == LLM__GRAM_UNKNOWN || *end == next ? next : LLM__GRAM_MIXED;
+            }
+        for (int i = 0; i < GROUPS; i++) {
+            unsigned same = 0;
+            for (int j = 0; j < GROUPS && ends[i] >= 0; j++) same |= (unsigned)(ends[j] == ends[i]) << j;
+            if (__builtin_popcount(same) <= __builtin_popcount(groups)) continue;
+            groups = same;
+            best = ends[i];
+        }
+        g->states[state].groups = (int32_t)groups;
+        g->states[state].to = best;
+    }
+    *to = g->states[state].to;
+    return (unsigned)g->states[state].groups;
+}
+
+/* Whether any n bytes of these groups fit: they lead from one state to the next, or back to the same. */
+static bool llm__gram_groups_fit(llm__env *env, llm_grammar *g, int32_t state, unsigned groups, int n) {
+    for (int32_t to = LLM__GRAM_UNKNOWN; n > 0 && to != state; n--) {
+        if (to != LLM__GRAM_UNKNOWN) state = to;
+        if (groups & ~llm__gram_common_groups(env, g, state, &to)) return false;
+    }
+    return true;
 }
 
 /* Whether it is certain that all tokens below a node fit, if it leads to this state. */
 static bool llm__gram_all_fit(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind, size_t node) {
     if (state < 0) return false;
-    if (kind != LLM__GRAM_REST && llm__gram_plain_room(env, g, state, kind) >= g->trie.heights[node]) return true;
-    if (!(g->trie.below[node] & ~llm__gram_loops(env, g, state))) return true;
+    if (kind != LLM__GRAM_REST && llm__gram_plain_fit(env, g, state, kind, g->trie.heights[node])) return true;
+    if (g->trie.heights[node] < 255 && llm__gram_groups_fit(env, g, state, g->trie.below[node], g->trie.heights[node]))
+        return true;
     for (int i = 0; i < 8 && kind == LLM__GRAM_PLAIN; i++)
         if (g->trie.bytes[node] >= llm__gram_leads[i][0] && g->trie.bytes[node] <= llm__gram_leads[i][1]) {
             state = llm__gram_finish_char(env, g, state, llm__gram_leads[i]);
-            return state >= 0 && llm__gram_plain_room(env, g, state, kind) >= g->trie.heights[node];
+            return state >= 0 && llm__gram_plain_fit(env, g, state, kind, g->trie.heights[node]);
         }
     return false;
 }
@@ -22365,9 +22803,10 @@ static const uint64_t *llm__gram_mask_of(llm__env *env, llm_grammar *g, int32_t 
     for (int k = LLM__GRAM_ASCII; k < LLM__GRAM_REST; k++) {
         llm__gram_part_kind kind = (llm__gram_part_kind)k;
         int room = llm__gram_plain_room(env, g, state, kind);
-        bool all_set = room < 0 && llm__gram_most_fit(env, g, state, kind);
-        if (room >= 0 || all_set) llm__gram_set_plain(g, kind, all_set ? g->trie.plain[k].longest : room, bits);
-        if (room < 0) llm__gram_walk(env, g, state, kind, all_set, bits);
+        bool mixed = room < 0, all_set = mixed && llm__gram_most_fit(env, g, state, kind);
+        if (room < 0) room = all_set ? g->trie.plain[k].longest : llm__gram_least_room(env, g, state, kind);
+        if (room) llm__gram_set_plain(g, kind, room, bits);
+        if (mixed) llm__gram_walk(env, g, state, kind, all_set, bits);
     }
     llm__gram_walk(env, g, state, LLM__GRAM_REST, false, bits);
     g->mask_states[slot] = state;
@@ -26421,6 +26860,7 @@ static void llm__gram_build_body(llm__env *env, void *arg) {
     g->nodes = (llm__gram_node *)llm__gram_keep(env, b.nodes, b.n_nodes, sizeof *b.nodes);
     g->repeats = (llm__gram_repeat *)llm__gram_keep(env, b.repeats, b.n_repeats, sizeof *b.repeats);
     llm__gram_find_classes(g, b.n_nodes);
+    llm__gram_find_rooms(env, g, b.n_nodes, b.n_repeats);
     llm__free(own, work);
     g->marks = a->tools != NULL;
     llm__gram_make_trie(env, &g->trie, a->tokenizer, g->marks);

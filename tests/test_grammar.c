@@ -566,6 +566,21 @@ static void test_masks(void **state) {
         {llm_grammar_from_regex, "[A-Z].{0,3}|[a-z].{0,12}|-.{0,1}", "hello there"},
         {llm_grammar_from_regex, "([a-z]+ ?)*\\.", "lower case words."},
         {llm_grammar_from_gbnf, "root ::= root \" \" word | word\nword ::= [A-Z]? [a-zà-ü]*", "An à word"},
+        /* Plain characters lead to many states here, and all or nearly all of them fit. */
+        {llm_grammar_from_json_schema,
+         "{\"type\":\"object\",\"properties\":{\"hash\":{\"type\":\"string\",\"pattern\":\"[0-9a-f]{8}-|日.\"}},"
+         "\"patternProperties\":{\"[0-9]{3}\":{\"type\":\"string\",\"pattern\":\"^[0-9a-zA-Z_-]{1,12}$\"}}}",
+         "{\"hash\": \"é01234567-0\", \"hasp\": 1, \"a123\": \"Some_words-\"}"},
+        {llm_grammar_from_regex, "[^x]*é[^x]{2}|[^x]*日|[^x]{4}x", "a é日x"},
+        {llm_grammar_from_regex, "([ -~]{0,9}|[^\\x00-\\x1F]{0,6}|[^ߐ-ߟ]{3,5})-", "two é日 -"},
+        {llm_grammar_from_regex, "([^!]{3}){2,4}!|([^?]|\\?{2}){5,}\\?", "in threes?!"},
+        {llm_grammar_from_regex, "[a-z_]{3,7}[A-Z]{0,3}|[a-z0-9]*\\.|[a-zA-Z]{5}(ab|cd)*", "namesABC"},
+        {llm_grammar_from_regex, "([^\\uD7FF]|(a|b)*c){0,15}|[^𐀀]{0,20}\\.", "abc𐀀d日."},
+        {llm_grammar_from_gbnf,
+         "root ::= any{0,6} end | \"<\" any{2,8} \">\" | name\nany ::= other\nother ::= [^\\x00]\n"
+         "end ::= any{3} | [.]\nname ::= [a-z] name | [0-9] [a-z0-9]{0,9} tail | [^z] [^z] tail\n"
+         "tail ::= [^a]{0,4} | tail \" \"",
+         "ab12 é日 "},
     };
     llm_tokenizer *tokenizer = NULL;
     llm_error err;

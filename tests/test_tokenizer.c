@@ -218,6 +218,39 @@ static void test_byte_level(void **state) {
     llm_tokenizer_free(t);
 }
 
+/* Merging starts from whole characters only if that changes nothing. */
+static void test_characters(void **state) {
+    (void)state;
+    static const char a[] = "\xC3\x83", b[] = "\xC2\xA9"; /* the bytes of U+00E9, 0xC3 and 0xA9, as pieces show them */
+    static const char *const pieces[] = {
+        a, b, "x", "y", "\xC3\x83\xC2\xA9", "x\xC3\x83\xC2\xA9", "yx", "x\xC3\x83", "\xC2\xA9\xC3\x83"};
+    static const char *const merges[][6] = {{a, b, "y", "x", "x", "\xC3\x83\xC2\xA9"},
+                                            {"x", "\xC3\x83\xC2\xA9", "y", "x", a, b},
+                                            {"x", a, a, b, NULL, NULL},
+                                            {b, a, a, b, NULL, NULL}};
+    static const char *const expected[][5] = {{"6 4", "5", "2 3", "4 4 4", "2 0 4"},
+                                              {"6 4", "5", "2 3", "4 4 4", "2 0 4"},
+                                              {"3 7 1", "7 1", "2 3", "4 4 4", "7 4"},
+                                              {"3 2 4", "2 4", "2 3", "0 8 8 1", "2 0 4"}};
+    for (int i = 0; i < 4; i++) {
+        vocabulary v;
+        memset(&v, 0, sizeof v);
+        v.n = 9;
+        v.n_merges = i < 2 ? 3 : 2;
+        v.pieces = pieces;
+        v.merges = merges[i];
+        v.bos = v.eos = v.unk = -1;
+        llm_tokenizer *t = build(&v);
+        assert_int_equal(t->ranks_grow, i != 1);
+        check_ids(t, "yx\xC3\xA9", 0, expected[i][0]);
+        check_ids(t, "x\xC3\xA9", 0, expected[i][1]);
+        check_ids(t, "xy", 0, expected[i][2]);
+        check_ids(t, "x\xC3\xA8\xC3\xA9", 0, expected[i][4]); /* 0xA8 has no token and is left out */
+        check_ids(t, "\xC3\xA9\xC3\xA9\xC3\xA9", 0, expected[i][3]);
+        llm_tokenizer_free(t);
+    }
+}
+
 /* ---- Unicode ---- */
 
 typedef struct unicode_job {
@@ -765,52 +798,61 @@ static void test_allocation(void **state) {
 enum { N_WORDS = 40000 };
 
 typedef struct remembering {
-    llm_token ids[3][N_WORDS];
+    llm_token ids[4][N_WORDS];
     char text[N_WORDS], piece[N_WORDS];
 } remembering;
 
-/* Writes mostly short, repeated words with spaces and punctuation, and sometimes any byte. */
+/* Writes mostly repeated words, most of them short, with spaces and punctuation, and sometimes any byte. */
 static void fill_words(char *text, size_t n, uint32_t *seed) {
-    static const char *const parts[] = {"the",
-                                        " the",
-                                        " cat",
-                                        "Cat",
-                                        " CATs",
-                                        "'s",
-                                        "'LL",
-                                        "'",
-                                        " '",
-                                        "\n",
-                                        "\r\n",
-                                        "  ",
-                                        "   ",
-                                        "\t",
-                                        " \n ",
-                                        "1",
-                                        " 22",
-                                        "333",
-                                        "4444",
-                                        ".",
-                                        " ...",
-                                        "/",
-                                        "?!\n/",
-                                        "_x",
-                                        "\xC3\xA9",
-                                        " na\xC3\xAFve",
-                                        "\xE4\xBD\xA0\xE5\xA5\xBD",
-                                        "\xC2\xA0",
-                                        "\xE2\x80\x83",
-                                        "\xD9\xA3",
-                                        "e\xCC\x81",
-                                        "\xF0\x9F\x98\x80",
-                                        " abcdefghijklmn",
-                                        " abcdefghijklmnopq",
-                                        "\x1C",
-                                        "\x0B",
-                                        "ABCdef",
-                                        "aBc",
-                                        "<",
-                                        "\xC5\xBF"};
+    static const char *const parts[] = {
+        "the",
+        " the",
+        " cat",
+        "Cat",
+        " CATs",
+        "'s",
+        "'LL",
+        "'",
+        " '",
+        "\n",
+        "\r\n",
+        "  ",
+        "   ",
+        "\t",
+        " \n ",
+        "1",
+        " 22",
+        "333",
+        "4444",
+        ".",
+        " ...",
+        "/",
+        "?!\n/",
+        "_x",
+        "\xC3\xA9",
+        " na\xC3\xAFve",
+        "\xE4\xBD\xA0\xE5\xA5\xBD",
+        "\xC2\xA0",
+        "\xE2\x80\x83",
+        "\xD9\xA3",
+        "e\xCC\x81",
+        "\xF0\x9F\x98\x80",
+        " abcdefghijklmn",
+        " abcdefghijklmnopq",
+        " qzxjvkwbqzxjv",
+        " qzxjvkwbqzxjvkwbqz",
+        " abcdefghijklmnopqrstuvwxyzabcdef",
+        " \xD0\xBF\xD1\x80\xD0\xB8\xD0\xB2\xD0\xB5\xD1\x82",
+        " \xD0\xBF\xD0\xBE\xD0\xB6\xD0\xB0\xD0\xBB\xD1\x83\xD0\xB9\xD1\x81\xD1\x82\xD0\xB0",
+        "\xE4\xB8\xAD\xE6\x96\x87\xE4\xBD\xA0\xE5\xA5\xBD\xE4\xB8\x96\xE7\x95\x8C",
+        "\xE7\x95\x8C\xE4\xB8\x96",
+        "\xED\x95\x9C\xEA\xB5\xAD\xEC\x96\xB4",
+        "\x1C",
+        "\x0B",
+        "ABCdef",
+        "aBc",
+        "<",
+        "\xC5\xBF"};
     for (size_t i = 0; i < n;) {
         *seed = *seed * 1103515245u + 12345u;
         const char *part = parts[(*seed >> 16) % (sizeof parts / sizeof *parts)];
@@ -877,6 +919,7 @@ static void test_words(void **state) {
     llm_host host = heap_host(&h);
     uint32_t seed = 1;
     llm_tokenizer *t = load_model_tokenizer(&host);
+    assert_true(t->ranks_grow);
     for (int i = 0; i < 20000; i++) {
         for (int k = 0; k < LLM__BLOCK; k++) r.piece[k] = (char)((seed = seed * 1103515245u + 12345u) >> 16);
         check_block(r.piece);
@@ -903,10 +946,12 @@ static void test_words(void **state) {
                 assert_true(llm__pre_is_digit_rule(digits));
                 assert_true(check_words(t, &digits[0], &digits[1], r.text, n) > N_WORDS / 20);
             }
-        int64_t counts[3];
-        for (int k = 0; k < 3; k++) { /* with the cache of words, without it, and without room for the last ids */
+        int64_t counts[4];
+        /* With the cache of words, without it, without room for the last ids, and merging from bytes. */
+        for (int k = 0; k < 4; k++) {
             h.n_calls = 0;
             h.fail_at = k == 1 ? 1 : 0;
+            t->ranks_grow = k != 3;
             counts[k] = llm_encode(t, r.text, n, 0, r.ids[k], k == 2 ? 1001 : N_WORDS, NULL);
             h.fail_at = 0;
             assert_int_equal(counts[k], counts[0]);
@@ -993,14 +1038,23 @@ static void test_time(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sentencepiece), cmocka_unit_test(test_no_byte_tokens),
-        cmocka_unit_test(test_byte_level),    cmocka_unit_test(test_piece_as_written),
-        cmocka_unit_test(test_unicode),       cmocka_unit_test(test_golden),
-        cmocka_unit_test(test_tokens),        cmocka_unit_test(test_buffers),
-        cmocka_unit_test(test_invalid),       cmocka_unit_test(test_stream),
-        cmocka_unit_test(test_hostile),       cmocka_unit_test(test_hostile_gguf),
-        cmocka_unit_test(test_allocation),    cmocka_unit_test(test_words),
-        cmocka_unit_test(test_threads),       cmocka_unit_test(test_time),
+        cmocka_unit_test(test_sentencepiece),
+        cmocka_unit_test(test_no_byte_tokens),
+        cmocka_unit_test(test_byte_level),
+        cmocka_unit_test(test_characters),
+        cmocka_unit_test(test_piece_as_written),
+        cmocka_unit_test(test_unicode),
+        cmocka_unit_test(test_golden),
+        cmocka_unit_test(test_tokens),
+        cmocka_unit_test(test_buffers),
+        cmocka_unit_test(test_invalid),
+        cmocka_unit_test(test_stream),
+        cmocka_unit_test(test_hostile),
+        cmocka_unit_test(test_hostile_gguf),
+        cmocka_unit_test(test_allocation),
+        cmocka_unit_test(test_words),
+        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_time),
     };
     if (SANITIZED) cmocka_set_skip_filter("test_time");
     if (THREAD_SANITIZED) cmocka_set_test_filter("test_threads");
