@@ -26,16 +26,16 @@ case $0 in
 esac
 
 in_every_language() { # NAME SOURCE FLAGS...
-    name=$1 source=$2
+    what=$1 source=$2
     shift 2
-    check "$name, gcc C99" "${machine}gcc" -std=c99 -O2 $strict "$@" "$source.c"
-    check "$name, gcc C11" "${machine}gcc" -std=gnu11 -O0 $strict "$@" "$source.c"
-    check "$name, gcc C++17" "${machine}g++" -std=c++17 -O0 $strict "$@" "$source.cpp"
-    check "$name, gcc C++20" "${machine}g++" -std=c++20 -O0 $strict "$@" "$source.cpp"
+    check "$what, gcc C99" "${machine}gcc" -std=c99 -O2 $strict "$@" "$source.c"
+    check "$what, gcc C11" "${machine}gcc" -std=gnu11 -O0 $strict "$@" "$source.c"
+    check "$what, gcc C++17" "${machine}g++" -std=c++17 -O0 $strict "$@" "$source.cpp"
+    check "$what, gcc C++20" "${machine}g++" -std=c++20 -O0 $strict "$@" "$source.cpp"
     [ -z "$machine" ] || return 0
-    check "$name, clang C99" clang -std=c99 -O0 $strict "$@" "$source.c"
-    check "$name, clang C++17" clang++ -std=c++17 -O0 $strict "$@" "$source.cpp"
-    check "$name, clang C++20" clang++ -std=c++20 -O0 $strict "$@" "$source.cpp"
+    check "$what, clang C99" clang -std=c99 -O0 $strict "$@" "$source.c"
+    check "$what, clang C++17" clang++ -std=c++17 -O0 $strict "$@" "$source.cpp"
+    check "$what, clang C++20" clang++ -std=c++20 -O0 $strict "$@" "$source.cpp"
 }
 
 in_every_language "declarations" "$tmp/declarations"
