@@ -10339,7 +10339,7 @@ typedef struct llm__enc_job {
     size_t capacity, count;
     llm_token last;
     bool after_bos;              /* only the BOS that the file asks for has been emitted so far */
-    const uint8_t *stop;         /* the end of the text that is being split into words */
+    const uint8_t *stop;         /* up to here the memory of the words that are being encoded can be read */
     union llm__enc_known *known; /* [2^known_bits]; NULL: no words are remembered */
     int known_bits;
 } llm__enc_job;
@@ -10431,7 +10431,12 @@ static inline void llm__enc_read(const uint8_t *p, size_t n, uint64_t out[2]) {
     out[1] &= mask[1];
 }
 
-/* Prepares the look-up of the word of n bytes at p in a table of 2^(64 - shift) lines. 16 bytes can be read at p, 32 if
+/* True if enough memory behind a word can be read for llm__enc_see. */
+static inline bool llm__enc_can_see(const llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
+    return job->stop - p > (end - p > LLM__KNOWN_SHORT ? LLM__KNOWN_LENGTH : LLM__KNOWN_SHORT);
+}
+
+/* Prepares the look-up of the word of n bytes at p in a table of 2^(64 - shift) lines. 16 bytes can be read at p, 31 if
    n is above 15. */
 static inline void llm__enc_see(llm__enc_seen *w, llm__enc_known *known, int shift, const uint8_t *p, size_t n) {
     uint64_t key[2], tail[2];
@@ -10516,7 +10521,7 @@ static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *en
             parts[n].p = p;
             parts[n].n = (size_t)(q - p);
             parts[n].line = NULL;
-            if (known && job->stop - p > LLM__KNOWN_LENGTH && parts[n].n < (size_t)(end - begin))
+            if (known && llm__enc_can_see(job, p, q) && parts[n].n < (size_t)(end - begin))
                 llm__enc_see(&parts[n], job->known, 64 - job->known_bits, p, (size_t)(q - p));
         }
         for (int i = 0; i < n; i++)
@@ -10609,7 +10614,7 @@ static const uint8_t *llm__enc_blocks(llm__enc_job *job, llm__enc_batch *batch, 
 static void llm__enc_one_word(llm__enc_job *job, llm__enc_batch *batch, const uint8_t *p, const uint8_t *to) {
     if (batch->n > LLM__ENC_BATCH) llm__enc_flush(job, batch);
     llm__enc_seen *w = &batch->words[batch->n++];
-    if (job->stop - p > LLM__KNOWN_LENGTH) {
+    if (llm__enc_can_see(job, p, to)) {
         llm__enc_see(w, job->known, 64 - job->known_bits, p, (size_t)(to - p));
         return;
     }
@@ -10789,7 +10794,6 @@ static void llm__enc_plain(llm__enc_job *job, const uint8_t *p, const uint8_t *e
     }
     llm__enc_batch batch;
     batch.n = 0;
-    job->stop = end;
     llm__enc_split(job, &batch, job->t->rules, p, end);
     llm__enc_flush(job, &batch);
 }
@@ -10797,6 +10801,7 @@ static void llm__enc_plain(llm__enc_job *job, const uint8_t *p, const uint8_t *e
 static void llm__enc_normalized(llm__enc_job *job, const uint8_t *p, const uint8_t *end, bool first) {
     llm__special_match m;
     const uint8_t *from = p;
+    job->stop = end;
     for (; llm__special_next(job, &job->t->normalized, p, from, end, NULL, &m); from = m.end) {
         llm__enc_plain(job, from, m.begin, first && from == p);
         llm__enc_emit(job, m.id);

@@ -6,6 +6,7 @@
 #include "llm.h"
 
 #include <stdio.h>
+#include <string.h>
 
 static const char *const SCHEMA =
     "{\"type\": \"object\", \"required\": [\"name\", \"age\"], \"additionalProperties\": false, \"properties\": {"

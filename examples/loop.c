@@ -6,6 +6,7 @@
 #include "llm.h"
 
 #include <stdio.h>
+#include <string.h>
 
 enum { MAX_PROMPT = 2048, MAX_TOKENS = 200 };
 
