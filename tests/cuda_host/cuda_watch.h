@@ -142,6 +142,9 @@ CUDA_HOST_CALLED void __tsan_atomic8_store(volatile unsigned char *at, unsigned 
     __atomic_store_n(at, value, __ATOMIC_RELEASE);
 }
 CUDA_HOST_CALLED int __tsan_atomic32_load(const volatile int *at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }
+CUDA_HOST_CALLED void __tsan_atomic32_store(volatile int *at, int value, int) {
+    __atomic_store_n(at, value, __ATOMIC_RELEASE);
+}
 CUDA_HOST_CALLED int __tsan_atomic32_fetch_add(volatile int *at, int value, int) {
     return __atomic_fetch_add(at, value, __ATOMIC_ACQ_REL);
 }
