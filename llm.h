@@ -22055,6 +22055,7 @@ typedef struct llm__gram_state {
     int32_t groups, to;          /* see llm__gram_common_groups, or LLM__GRAM_UNKNOWN */
     int32_t mask;                /* in masks, or -1 */
     bool accepts, expanded;
+    uint64_t hash; /* of the core and accepts */
 } llm__gram_state;
 
 enum { LLM__GRAM_DEAD = -1, LLM__GRAM_UNKNOWN = -2, LLM__GRAM_MIXED = -3 }; /* in place of a state */
@@ -22262,10 +22263,15 @@ static int llm__gram_room_of_tail(const llm_grammar *g, uint32_t node, int end, 
     uint32_t work[MOST + 1];
     int8_t best[256];
     int n_work = 1, least = LLM__GRAM_ROUND;
+    const llm__gram_node *n = &g->nodes[node];
+    if (n->kind == LLM__GRAM_RANGE && (lo < n->lo || hi > n->hi || !g->nodes[n->next].productive)) return -1;
+    if (n->kind == LLM__GRAM_RANGE)
+        return more > 1 ? llm__gram_room_of_tail(g, n->next, end, more - 1, 0x80, 0xBF)
+                        : llm__gram_room_of(g, LLM__GRAM_PLAIN, n->next, end);
     memset(best, -1, sizeof best);
     work[0] = node;
     for (int looks = 0; n_work && looks < MOST; looks++) {
-        const llm__gram_node *n = &g->nodes[work[--n_work]];
+        n = &g->nodes[work[--n_work]];
         if (n->kind == LLM__GRAM_SPLIT) {
             work[n_work++] = n->other;
             work[n_work++] = n->next;
@@ -22364,12 +22370,14 @@ static void llm__gram_find_rooms(llm__env *env, llm_grammar *g, size_t n_nodes, 
         size_t n_left = 0, n_looks = 0;
         for (size_t i = 0; i < n_repeats && n_looks < LLM__GRAM_MOST_LOOKS; i++) /* only the end has room here */
             g->repeats[i].any[k] =
+                g->repeats[i].any[LLM__GRAM_ASCII] == (k > LLM__GRAM_ASCII) &&
                 llm__gram_room_at(g, kind, g->repeats[i].body, LLM__GRAM_ROUND, &n_looks) > LLM__GRAM_ROUND;
         for (size_t i = 0; i < n_nodes; i++) {
             uint32_t next = g->nodes[i].next;
             const llm__gram_node *n = &g->nodes[next];
             if (g->nodes[i].kind != LLM__GRAM_RANGE || next == 0 || rooms[next]) continue;
             if (n->kind == LLM__GRAM_RANGE && (n->lo > ' ' || n->hi < '~')) continue;
+            if (k > LLM__GRAM_ASCII && !g->rooms[LLM__GRAM_ASCII][next]) continue;
             rooms[next] = LLM__GRAM_MOST_PLAIN;
             left[n_left++] = next;
         }
@@ -22385,10 +22393,8 @@ static void llm__gram_find_rooms(llm__env *env, llm_grammar *g, size_t n_nodes, 
             }
             n_left = n_kept;
         }
-        g->follow[k] = (int8_t *)llm__alloc_zero(env, n_nodes, 1);
-        for (size_t i = 0; i < n_nodes; i++)
-            if (g->nodes[i].kind == LLM__GRAM_RANGE)
-                g->follow[k][i] = (int8_t)llm__gram_room_after(g, kind, (uint32_t)i, LLM__GRAM_ROUND);
+        g->follow[k] = (int8_t *)llm__alloc(env, n_nodes, 1);
+        memset(g->follow[k], LLM__GRAM_UNKNOWN, n_nodes);
     }
     llm__free(env->pool, left);
 }
@@ -22419,25 +22425,23 @@ static bool llm__gram_find_core(llm__env *env, llm_grammar *g) {
     return accepts;
 }
 
-static int llm__gram_compare_items(const void *a, const void *b) {
-    const llm__gram_item *x = (const llm__gram_item *)a, *y = (const llm__gram_item *)b;
-    return x->node != y->node ? (x->node > y->node) - (x->node < y->node) : (x->ret > y->ret) - (x->ret < y->ret);
-}
+static uint64_t llm__gram_item_key(llm__gram_item item) { return (uint64_t)item.node << 32 | item.ret; }
 
 /* Sorts the items from `first` on, and leaves one of equals. */
 static void llm__gram_sort_items(llm_grammar *g, size_t first) {
     size_t n = g->n_items - first, kept = 0;
     if (!n) return;
     llm__gram_item *items = g->items + first;
-    if (n > 16) qsort(items, n, sizeof *items, llm__gram_compare_items);
-    for (size_t i = 1; i < n && n <= 16; i++) {
-        llm__gram_item moved = items[i];
-        size_t at = i;
-        for (; at > 0 && llm__gram_compare_items(&items[at - 1], &moved) > 0; at--) items[at] = items[at - 1];
-        items[at] = moved;
-    }
+    for (size_t gap = n > 16 ? n * 5 / 11 : 1; gap; gap = gap == 2 ? 1 : gap * 5 / 11)
+        for (size_t i = gap; i < n; i++) {
+            llm__gram_item moved = items[i];
+            uint64_t key = llm__gram_item_key(moved);
+            size_t at = i;
+            for (; at >= gap && llm__gram_item_key(items[at - gap]) > key; at -= gap) items[at] = items[at - gap];
+            items[at] = moved;
+        }
     for (size_t i = 0; i < n; i++)
-        if (!kept || llm__gram_compare_items(&items[kept - 1], &items[i])) items[kept++] = items[i];
+        if (!kept || llm__gram_item_key(items[kept - 1]) != llm__gram_item_key(items[i])) items[kept++] = items[i];
     g->n_items = first + kept;
 }
 
@@ -22461,18 +22465,19 @@ static int32_t llm__gram_intern_state(llm__env *env, llm_grammar *g) {
     s.least[0] = s.least[1] = s.groups = s.to = LLM__GRAM_UNKNOWN;
     s.mask = -1;
     if (!s.n_core && !s.accepts) return LLM__GRAM_DEAD;
+    s.hash = llm__gram_state_hash(g, &s);
     if (2 * g->n_states > table->mask) {
         llm__gram_table_resize(env, table, 2 * (table->mask + 1));
         for (size_t i = 0; i < g->n_states; i++) {
-            size_t slot = llm__gram_state_hash(g, &g->states[i]) & table->mask;
+            size_t slot = g->states[i].hash & table->mask;
             while (table->slots[slot] != LLM__GRAM_NONE) slot = (slot + 1) & table->mask;
             table->slots[slot] = (uint32_t)i;
         }
     }
-    size_t slot = llm__gram_state_hash(g, &s) & table->mask;
+    size_t slot = s.hash & table->mask;
     for (; table->slots[slot] != LLM__GRAM_NONE; slot = (slot + 1) & table->mask) {
         const llm__gram_state *other = &g->states[table->slots[slot]];
-        if (other->n_core != s.n_core || other->accepts != s.accepts) continue;
+        if (other->hash != s.hash || other->n_core != s.n_core || other->accepts != s.accepts) continue;
         if (s.n_core && memcmp(g->items + other->first_core, g->items + s.first_core, s.n_core * sizeof *g->items))
             continue;
         g->n_items = s.first_core;
@@ -22638,7 +22643,9 @@ static int llm__gram_find_least_room(llm__env *env, llm_grammar *g, int32_t stat
     const llm__gram_state *s = &g->states[state];
     for (uint32_t i = 0; i < s->n_scan; i++) {
         llm__gram_item item = g->items[s->first_scan + i];
-        int room = g->follow[kind][item.node];
+        int8_t *follow = &g->follow[kind][item.node];
+        if (*follow == LLM__GRAM_UNKNOWN) *follow = (int8_t)llm__gram_room_after(g, kind, item.node, LLM__GRAM_ROUND);
+        int room = *follow;
         if (room == LLM__GRAM_ROUND) {
             const llm__gram_return *r = item.ret ? &g->returns[item.ret - 1] : NULL;
             room = 0;
