@@ -10532,22 +10532,21 @@ static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *en
 
 /* Encodes a word or a part of one, which is looked up first and remembered if it is new. */
 static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w, bool is_part) {
-    llm_token ids[LLM__KNOWN_IDS], *many = ids;
+    llm_token ids[LLM__KNOWN_LENGTH]; /* a byte makes at most one token */
     llm_token count = llm__enc_lookup(w, ids);
     bool unknown = false;
     if (!count) {
         llm__enc_job alone = *job;
-        llm_token made[LLM__KNOWN_LENGTH] = {0};
-        alone.ids = many = made;
+        alone.ids = ids;
         alone.capacity = LLM__KNOWN_LENGTH;
         alone.count = 0;
         alone.after_bos = false;
         if (is_part) llm__enc_part(&alone, w->p, w->n, &unknown);
         else llm__enc_word(&alone, w->p, w->p + w->n);
         count = (llm_token)alone.count;
-        if (count && count <= LLM__KNOWN_IDS) llm__enc_keep(w, made, count);
+        if (count && count <= LLM__KNOWN_IDS) llm__enc_keep(w, ids, count);
     }
-    for (llm_token k = 0; k < count; k++) llm__enc_emit(job, many[k]);
+    for (llm_token k = 0; k < count; k++) llm__enc_emit(job, ids[k]);
 }
 
 /* Words that are encoded together: first all are found, then all are looked up, then their tokens are stored. So the
