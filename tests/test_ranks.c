@@ -607,6 +607,10 @@ static void measure(llm_comm *comm, void *arg) {
 static void test_shares(void **state) {
     share_job job = {false, LLM_DTYPE_DEFAULT, 0};
     (void)state;
+    if (THREAD_SANITIZED) {
+        print_message("skipped: it loads the default model six times, which takes minutes with the thread sanitizer\n");
+        skip();
+    }
     measure(NULL, &job);
     for (int n = 2; n <= (SANITIZED ? 2 : MOST_RANKS); n++) on_ranks(n, NULL, measure, &job);
     job = (share_job){true, LLM_DTYPE_BF16, 0};
