@@ -1735,10 +1735,15 @@ static void llm__alloc_raw_free(const llm_host *host, void *ptr) {
     else (free)(ptr);
 }
 
+/* How many bytes a well-formed character has that begins with this byte. */
+static inline int llm__utf8_bytes_from(uint8_t first) {
+    return first < 0x80 ? 1 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+}
+
 /* Length in bytes of the well-formed character at p < end, or 0 if there is none. */
 static size_t llm__utf8_length(const uint8_t *p, const uint8_t *end) {
     if (p[0] < 0x80) return 1;
-    size_t n = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2;
+    const size_t n = (size_t)llm__utf8_bytes_from(p[0]);
     if (p[0] < 0xC2 || p[0] > 0xF4 || n > (size_t)(end - p)) return 0;
     for (size_t i = 1; i < n; i++)
         if ((p[i] & 0xC0) != 0x80) return 0;
@@ -2015,7 +2020,7 @@ static const uint8_t *llm__utf8_check(const uint8_t *p, const uint8_t *end) {
 /* Decodes the well-formed character at p; *next becomes the address of the next one. */
 static uint32_t llm__utf8_decode(const uint8_t *p, const uint8_t **next) {
     const uint32_t c = p[0];
-    const int n = c < 0x80 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
+    const int n = llm__utf8_bytes_from(p[0]);
     *next = p + n;
     if (n == 1) return c;
     if (n == 2) return (c & 0x1F) << 6 | (p[1] & 0x3Fu);
@@ -9867,10 +9872,25 @@ static size_t llm__bpe_join_bytes(size_t slots) { return (llm__bpe_join_bits(slo
 
 static int llm__bpe_join_kind(int n_left, int n_right) { return 3 * n_left + n_right - 4; }
 
-/* The kinds of pieces that have room on both sides of p. */
-static unsigned llm__bpe_possible_kinds(const uint8_t *begin, const uint8_t *p, const uint8_t *end) {
-    static const uint16_t lefts[3] = {0, 0x007, 0x03F}, rights[3] = {0, 0x049, 0x0DB};
-    return (p - begin < 3 ? lefts[p - begin] : 0x1FFu) & (end - p < 3 ? rights[end - p] : 0x1FFu);
+/* Bits of the kinds of pieces that have at most 0, 1, 2 or any number of bytes before the place, or behind it. */
+static const uint16_t llm__bpe_few_left[4] = {0, 0x007, 0x03F, 0x1FF}, llm__bpe_few_right[4] = {0, 0x049, 0x0DB, 0x1FF};
+
+/* True if there is a piece of one of these kinds that crosses the place p between two characters that are not ASCII, in
+   a word from `begin` to `end`. */
+static bool llm__bpe_joins(const llm_tokenizer *t, const uint8_t *begin, const uint8_t *p, const uint8_t *end,
+                           unsigned kinds) {
+    const size_t n_left = (size_t)(p - begin), n_right = (size_t)(end - p);
+    kinds &= t->join_kinds[*p - 0xC0][p[-1] - 0x80];
+    kinds &= llm__bpe_few_left[n_left < 3 ? n_left : 3] & llm__bpe_few_right[n_right < 3 ? n_right : 3];
+    if (!kinds) return false;
+    const uint32_t left = llm__bpe_left_bytes(p, n_left), right = llm__bpe_right_bytes(p, n_right);
+    while (kinds) { /* long pieces first: there are more */
+        const int kind = 31 - __builtin_clz(kinds);
+        const size_t bit = llm__bpe_join_bit_of(t, left, right, kind / 3 + 1, kind % 3 + 1);
+        if (t->char_joins[bit / 8] >> bit % 8 & 1) return true;
+        kinds ^= 1u << kind;
+    }
+    return false;
 }
 
 static bool llm__bpe_between_characters(const uint8_t *p) { return p[-1] >= 0x80 && *p >= 0xC0; }
@@ -9879,17 +9899,7 @@ static bool llm__bpe_between_characters(const uint8_t *p) { return p[-1] >= 0x80
 static bool llm__bpe_may_join(const llm_tokenizer *t, const uint8_t *begin, const uint8_t *p, const uint8_t *end) {
     if (t->sentencepiece && (*p & 0xC0) == 0x80) return true; /* characters are never split */
     if (!(t->joined[p[-1]][*p / 8] >> *p % 8 & 1)) return false;
-    if (!llm__bpe_between_characters(p)) return true;
-    unsigned kinds = t->join_kinds[*p - 0xC0][p[-1] - 0x80] & llm__bpe_possible_kinds(begin, p, end);
-    const uint32_t left = llm__bpe_left_bytes(p, (size_t)(p - begin));
-    const uint32_t right = llm__bpe_right_bytes(p, (size_t)(end - p));
-    while (kinds) {
-        const int kind = 31 - __builtin_clz(kinds);
-        const size_t bit = llm__bpe_join_bit_of(t, left, right, kind / 3 + 1, kind % 3 + 1);
-        if (t->char_joins[bit / 8] >> bit % 8 & 1) return true;
-        kinds ^= 1u << kind;
-    }
-    return false;
+    return !llm__bpe_between_characters(p) || llm__bpe_joins(t, begin, p, end, 0x1FF);
 }
 
 /* The symbols that merging starts from: one token per byte or, for SentencePiece, per character. A character without a
@@ -9941,27 +9951,6 @@ static bool llm__bpe_is_whole(llm__env *env, const llm_tokenizer *t, llm_token i
     return whole == LLM__WHOLE_YES;
 }
 
-/* Whether a piece holds only a part of a character of n_before bytes that ends at p, and goes on behind it (1), or only
-   a part of a character of n_after bytes at p, and begins before it (2). Both characters lie between `begin` and `end`,
-   except for what the end cuts off. */
-static int llm__bpe_parts_join(const llm_tokenizer *t, const uint8_t *begin, const uint8_t *p, const uint8_t *end,
-                               int n_before, int n_after) {
-    static const uint16_t lefts[5] = {0, 0, 0x007, 0x03F, 0x1FF}, rights[5] = {0, 0, 0x049, 0x0DB, 0x1FF};
-    unsigned kinds = t->join_kinds[*p - 0xC0][p[-1] - 0x80] & (lefts[n_before] | rights[n_after]);
-    int joins = 0;
-    if (!kinds) return 0;
-    kinds &= llm__bpe_possible_kinds(begin, p, end);
-    const uint32_t left = llm__bpe_left_bytes(p, (size_t)(p - begin));
-    const uint32_t right = llm__bpe_right_bytes(p, (size_t)(end - p));
-    for (; kinds && joins < 3; kinds &= kinds - 1) {
-        const int kind = __builtin_ctz(kinds);
-        const size_t bit = llm__bpe_join_bit_of(t, left, right, kind / 3 + 1, kind % 3 + 1);
-        if (!(t->char_joins[bit / 8] >> bit % 8 & 1)) continue;
-        joins |= (lefts[n_before] >> kind & 1) | (rights[n_after] >> kind & 1) << 1;
-    }
-    return joins;
-}
-
 /* The symbols that merging a part of a word may start from, with the same result as from llm__bpe_first_symbols. A
    character is one symbol, not its bytes, if no piece joins a part of it with what is around it. Then its bytes can
    only become that symbol, and they do so before it merges, as its merges have higher ranks. */
@@ -9975,21 +9964,21 @@ static size_t llm__bpe_char_symbols(llm__env *env, const llm_tokenizer *t, const
         complete = complete && t->byte_tokens[p[i]] != LLM__NONE;
     }
     if (ascii || !complete || t->sentencepiece || !t->ranks_grow) return llm__bpe_first_symbols(t, p, n, s);
-    for (bool alone = true; p < end; p = next) { /* alone: nothing before p joins a part of the character at p */
-        const int length = *p < 0xC0 ? 1 : *p < 0xE0 ? 2 : *p < 0xF0 ? 3 : 4;
-        llm_token id = LLM__NONE;
-        int joins = 3;
-        next = length < end - p ? p + length : end;
-        if (next - p == length && next == end) joins = 0;
-        else if (next < end && length > 1 && *next >= 0xC0)
-            joins = llm__bpe_parts_join(t, begin, next, end, length, *next < 0xE0 ? 2 : *next < 0xF0 ? 3 : 4);
-        if (alone && !(joins & 1) && (length == 2 || length == 3)) {
-            const uint8_t *after;
-            id = t->char_tokens[llm__utf8_decode(p, &after)];
+    /* free_left, free_right: no piece joins a part of the character with what is before it, or behind it. */
+    for (bool free_left = true; p < end; p = next) {
+        const int length = *p < 0xC0 ? 1 : llm__utf8_bytes_from(*p);
+        const bool whole = length <= end - p;
+        next = whole ? p + length : end;
+        bool free_right = whole && next == end, next_free = false;
+        if (whole && length > 1 && next < end && *next >= 0xC0) {
+            free_right = !llm__bpe_joins(t, begin, next, end, llm__bpe_few_left[length - 1]);
+            next_free = !llm__bpe_joins(t, begin, next, end, llm__bpe_few_right[llm__utf8_bytes_from(*next) - 1]);
         }
+        llm_token id = LLM__NONE;
+        if (free_left && free_right && (length == 2 || length == 3)) id = t->char_tokens[llm__utf8_decode(p, &next)];
         if (id != LLM__NONE && llm__bpe_is_whole(env, t, id)) s[count++].id = id;
         else count += llm__bpe_first_symbols(t, p, (size_t)(next - p), s + count);
-        alone = !(joins & 2);
+        free_left = next_free;
     }
     return count;
 }
@@ -10338,8 +10327,8 @@ typedef struct llm__enc_job {
     llm_token *ids;
     size_t capacity, count;
     llm_token last;
-    bool after_bos;              /* only the BOS that the file asks for has been emitted so far */
-    const uint8_t *stop;         /* up to here the memory of the words that are being encoded can be read */
+    bool after_bos;              /* the BOS that the file asks for is the only token so far */
+    const uint8_t *stop;         /* the end of the memory that holds the words */
     union llm__enc_known *known; /* [2^known_bits]; NULL: no words are remembered */
     int known_bits;
 } llm__enc_job;
@@ -11122,7 +11111,6 @@ static void llm__vocab_check_piece(llm__env *env, const char *name, size_t i, ll
                   (int)(bad - p), *bad);
 }
 
-/* Adds a token to the hash table of pieces, in which words and merges are looked up. */
 static void llm__vocab_begin_chars(llm__env *env, llm_tokenizer *t) {
     t->char_tokens = (llm_token *)llm__alloc(env, LLM__N_CHARS, sizeof *t->char_tokens);
     memset(t->char_tokens, 0xFF, LLM__N_CHARS * sizeof *t->char_tokens);
@@ -11133,6 +11121,7 @@ static void llm__vocab_add_char(llm_tokenizer *t, llm__str s, llm_token id) {
     if ((s.n == 2 || s.n == 3) && llm__utf8_length(p, p + s.n) == s.n) t->char_tokens[llm__utf8_decode(p, &next)] = id;
 }
 
+/* Adds a token to the hash table of pieces, in which words and merges are looked up. */
 static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v,
                                    const llm__vocab_work *work, llm_token id, uint64_t hash) {
     llm__str s = llm__vocab_piece(t, id);
@@ -12982,8 +12971,9 @@ static void llm__packed_check_id(llm__env *env, const llm_tokenizer *t, llm_toke
 static void llm__packed_check_ranks(llm__env *env, llm_tokenizer *t) {
     const size_t n = (size_t)t->n_vocab;
     if (t->sentencepiece) return;
-    uint32_t *made = (uint32_t *)llm__alloc_zero(env, 2 * n, sizeof *made); /* [n] 1 + the highest rank that makes it */
-    uint32_t *used = made + n; /* [n] how much lower than LLM__NO_RANK the lowest rank is that takes it */
+    /* For each token: 1 + the highest rank of the merges that make it, and LLM__NO_RANK - the lowest rank of the merges
+       that take it; 0: there is none. */
+    uint32_t *made = (uint32_t *)llm__alloc_zero(env, 2 * n, sizeof *made), *used = made + n;
     for (size_t i = 0; i <= t->pair_mask; i++) {
         const llm__bpe_pair_slot *slot = &t->pairs[i];
         if (slot->left == LLM__NONE) continue;
@@ -21386,7 +21376,7 @@ enum {
     LLM__GRAM_KEPT_BYTES = 1 << 25, /* of all states; if they take more, the next mask begins without any */
     LLM__GRAM_KEPT_MASKS = 256,     /* masks that are stored; the oldest makes room */
     LLM__GRAM_MOST_PLAIN = 20,      /* characters of a plain token */
-    LLM__GRAM_ROUND,                /* as a number of plain characters: the rule, or the round, ends there */
+    LLM__GRAM_ROUND,                /* in place of a room: the rule or the round ends there */
     LLM__GRAM_MOST_LOOKS = 1 << 18, /* at nodes, to find where plain characters may follow */
     LLM__GRAM_INLINED = 60          /* rules of fewer expressions that call no others are copied, not called */
 };
@@ -21449,7 +21439,7 @@ typedef struct llm__gram_node {
 
 typedef struct llm__gram_repeat {
     uint32_t body, min, max;
-    bool any[2]; /* each plain character, of ASCII or any, can be a round */
+    bool any[2]; /* by kind, see llm__gram_rooms: every such character can be a round */
 } llm__gram_repeat;
 
 /* A grammar being built. Expression 0 is none. */
@@ -22071,8 +22061,10 @@ struct llm_grammar {
     llm__gram_rule *rules;
     llm__gram_node *nodes;
     llm__gram_repeat *repeats;
-    uint8_t *rooms[2]; /* [n_nodes] see llm__gram_find_rooms */
-    int8_t *follow[2]; /* [n_nodes] the room after a node's character, or LLM__GRAM_ROUND; -1: not all fit */
+    /* [n_nodes] by kind, see llm__gram_rooms: the room of each node; and the room behind the character that begins with
+       each node's byte, -1: not known, LLM__GRAM_ROUND: the rule or the round ends, LLM__GRAM_UNKNOWN: not found yet. */
+    uint8_t *rooms[2];
+    int8_t *behind[2];
     llm__gram_trie trie;
     uint8_t classes[256]; /* bytes of one class are alike to every node */
     uint8_t class_byte[256];
@@ -22244,71 +22236,78 @@ static const uint8_t llm__gram_leads[8][5] = {
     {0xC2, 0xDF, 1, 0x80, 0xBF}, {0xE0, 0xE0, 2, 0xA0, 0xBF}, {0xE1, 0xEC, 2, 0x80, 0xBF}, {0xED, 0xED, 2, 0x80, 0x9F},
     {0xEE, 0xEF, 2, 0x80, 0xBF}, {0xF0, 0xF0, 3, 0x90, 0xBF}, {0xF1, 0xF3, 3, 0x80, 0xBF}, {0xF4, 0xF4, 3, 0x80, 0x8F}};
 
-/* The rounds that may follow a round of which `count` come before, as far as they matter. */
+/* How many rounds may follow a round that comes after `count` others. More than LLM__GRAM_MOST_PLAIN do not matter. */
 static int llm__gram_rounds_left(const llm__gram_repeat *repeat, uint32_t count) {
     uint32_t left = repeat->max == LLM__GRAM_ENDLESS ? UINT32_MAX : repeat->max - count - 1;
     return left < LLM__GRAM_MOST_PLAIN ? (int)left : LLM__GRAM_MOST_PLAIN;
 }
 
-/* The plain characters that may follow once a byte has led to a node; `end`, if that is the end of a rule or round. */
-static int llm__gram_room_of(const llm_grammar *g, llm__gram_part_kind kind, uint32_t node, int end) {
-    return node ? g->rooms[kind][node] : end;
-}
+/* The room of a node is a number n: any n plain characters fit there, whichever they are. It is at most
+   LLM__GRAM_MOST_PLAIN. A mask then allows all tokens of up to n plain characters without trying them. The room may be
+   smaller than what would fit: then the mask tries tokens. */
+typedef struct llm__gram_rooms {
+    llm_grammar *g;
+    llm__gram_part_kind kind; /* LLM__GRAM_ASCII: only characters of ASCII count; LLM__GRAM_PLAIN: all */
+    size_t n_looks;           /* nodes that were looked at, at most LLM__GRAM_MOST_LOOKS */
+} llm__gram_rooms;
 
-/* The plain characters that may follow after any `more` bytes that continue a character, the first of them from lo to
-   hi; -1 if not all such bytes fit, or if the nodes are too many to tell. */
-static int llm__gram_room_of_tail(const llm_grammar *g, uint32_t node, int end, int more, int lo, int hi) {
+/* The bits of the bytes from lo to hi, all of which are from 0x80 to 0xBF. */
+static uint64_t llm__gram_tail_bits(int lo, int hi) { return UINT64_MAX >> (63 - (hi - lo)) << (lo - 0x80); }
+
+/* The node behind the last `more` bytes of a character, the first of them from lo to hi. Returns LLM__GRAM_NONE if such
+   bytes do not all lead to the same node, or if there are too many nodes to tell. */
+static uint32_t llm__gram_behind_tail(llm__gram_rooms *r, uint32_t node, int more, int lo, int hi) {
     enum { MOST = 16 };
-    uint32_t work[MOST + 1];
-    int8_t best[256];
-    int n_work = 1, least = LLM__GRAM_ROUND;
-    const llm__gram_node *n = &g->nodes[node];
-    if (n->kind == LLM__GRAM_RANGE && (lo < n->lo || hi > n->hi || !g->nodes[n->next].productive)) return -1;
-    if (n->kind == LLM__GRAM_RANGE)
-        return more > 1 ? llm__gram_room_of_tail(g, n->next, end, more - 1, 0x80, 0xBF)
-                        : llm__gram_room_of(g, LLM__GRAM_PLAIN, n->next, end);
-    memset(best, -1, sizeof best);
+    uint32_t work[MOST + 1], behind = LLM__GRAM_NONE;
+    uint64_t fit = 0;
+    int n_work = 1;
     work[0] = node;
-    for (int looks = 0; n_work && looks < MOST; looks++) {
-        n = &g->nodes[work[--n_work]];
+    for (int looks = 0; n_work && looks < MOST; looks++, r->n_looks++) {
+        const llm__gram_node *n = &r->g->nodes[work[--n_work]];
         if (n->kind == LLM__GRAM_SPLIT) {
             work[n_work++] = n->other;
             work[n_work++] = n->next;
-        } else if (n->kind == LLM__GRAM_RANGE && g->nodes[n->next].productive) {
-            int room = more > 1 ? llm__gram_room_of_tail(g, n->next, end, more - 1, 0x80, 0xBF)
-                                : llm__gram_room_of(g, LLM__GRAM_PLAIN, n->next, end);
-            for (int byte = n->lo; byte <= n->hi; byte++)
-                if (best[byte] < room) best[byte] = (int8_t)room;
         }
+        if (n->kind != LLM__GRAM_RANGE || n->lo < 0x80 || n->hi > 0xBF) continue;
+        uint32_t to = more > 1 ? llm__gram_behind_tail(r, n->next, more - 1, 0x80, 0xBF) : n->next;
+        if (to == LLM__GRAM_NONE || !r->g->nodes[to].productive) continue;
+        if (behind == LLM__GRAM_NONE) behind = to;
+        if (behind == to) fit |= llm__gram_tail_bits(n->lo, n->hi);
     }
-    for (int byte = lo; byte <= hi; byte++)
-        if (best[byte] < least) least = best[byte];
-    return least;
+    return llm__gram_tail_bits(lo, hi) & ~fit ? LLM__GRAM_NONE : behind;
 }
 
-/* The plain characters that may follow after a node's byte and, if that begins a character, the rest of it. */
-static int llm__gram_room_after(const llm_grammar *g, llm__gram_part_kind kind, uint32_t node, int end) {
-    const llm__gram_node *n = &g->nodes[node];
-    int least = LLM__GRAM_ROUND;
-    if (n->hi < 0x80) return llm__gram_room_of(g, kind, n->next, end);
-    for (int i = 0; i < 8 && kind == LLM__GRAM_PLAIN; i++) {
+/* The node behind the character that begins with a node's byte, or LLM__GRAM_NONE. */
+static uint32_t llm__gram_behind_char(llm__gram_rooms *r, const llm__gram_node *n) {
+    uint32_t behind = LLM__GRAM_NONE;
+    if (n->hi < 0x80) return n->next;
+    for (int i = 0; i < 8 && r->kind == LLM__GRAM_PLAIN; i++) {
         const uint8_t *lead = llm__gram_leads[i];
         if (n->lo > lead[1] || n->hi < lead[0]) continue;
-        int room = llm__gram_room_of_tail(g, n->next, end, lead[2], lead[3], lead[4]);
-        if (room < least) least = room;
+        uint32_t to = llm__gram_behind_tail(r, n->next, lead[2], lead[3], lead[4]);
+        if (to == LLM__GRAM_NONE || (behind != LLM__GRAM_NONE && behind != to)) return LLM__GRAM_NONE;
+        behind = to;
     }
-    return least;
+    return behind;
 }
 
-/* Enters the room after a node for each byte that it takes. */
+/* The room behind the character that begins with a node's byte; `end`, if the rule or the round ends there; -1 if it is
+   not known. */
+static int llm__gram_room_behind(llm__gram_rooms *r, const llm__gram_node *n, int end) {
+    uint32_t behind = llm__gram_behind_char(r, n);
+    if (behind == LLM__GRAM_NONE) return -1;
+    return behind ? r->g->rooms[r->kind][behind] : end;
+}
+
+/* For each byte of a node, best[byte] becomes at least `room`. */
 static void llm__gram_put_room(const llm__gram_node *n, int room, int8_t best[256]) {
     for (int byte = n->lo; byte <= n->hi; byte++)
         if (best[byte] < room) best[byte] = (int8_t)room;
 }
 
-/* How many plain characters may follow, whichever they are, if best[byte] may follow after each byte, -1: it does not
+/* The room of a place where best[byte] is the room behind the character that begins with this byte; -1: it does not
    fit. */
-static int llm__gram_room_by(llm__gram_part_kind kind, const int8_t best[256]) {
+static int llm__gram_room_before(llm__gram_part_kind kind, const int8_t best[256]) {
     int least = LLM__GRAM_ROUND;
     for (int byte = 0x20; byte < 0x7F; byte++)
         if (best[byte] < least && byte != '"' && byte != '\\') least = best[byte];
@@ -22317,9 +22316,10 @@ static int llm__gram_room_by(llm__gram_part_kind kind, const int8_t best[256]) {
     return least + 1;
 }
 
-/* How many plain characters may follow at a node, of whose rule, or round, the end has this room. */
-static int llm__gram_room_at(const llm_grammar *g, llm__gram_part_kind kind, uint32_t node, int end, size_t *n_looks) {
+/* The room of a node, of which `end` follows at the end of its rule or round. */
+static int llm__gram_room_at(llm__gram_rooms *r, uint32_t node, int end) {
     enum { MOST = 256 }; /* nodes; if there are more, some of them are not looked at */
+    const llm_grammar *g = r->g;
     struct {
         uint32_t node;
         int end;
@@ -22329,13 +22329,13 @@ static int llm__gram_room_at(const llm_grammar *g, llm__gram_part_kind kind, uin
     memset(best, -1, sizeof best);
     work[0].node = node;
     work[0].end = end;
-    for (int looks = 0; n_work && looks < MOST; looks++, ++*n_looks) {
+    for (int looks = 0; n_work && looks < MOST; looks++, r->n_looks++) {
         node = work[--n_work].node;
         end = work[n_work].end;
         const llm__gram_node *from = &g->nodes[node];
         if (!from->productive || from->kind == LLM__GRAM_END) continue;
         if (from->kind == LLM__GRAM_RANGE) {
-            llm__gram_put_room(from, llm__gram_room_after(g, kind, node, end), best);
+            llm__gram_put_room(from, llm__gram_room_behind(r, from, end), best);
             continue;
         }
         if (from->kind == LLM__GRAM_SPLIT || llm__gram_can_skip(g, from)) {
@@ -22350,52 +22350,64 @@ static int llm__gram_room_at(const llm_grammar *g, llm__gram_part_kind kind, uin
         } else if (from->kind == LLM__GRAM_COUNT) {
             const llm__gram_repeat *repeat = &g->repeats[from->other];
             work[n_work].node = repeat->body;
-            work[n_work].end = repeat->any[kind] ? llm__gram_rounds_left(repeat, 0) : 0;
+            work[n_work].end = repeat->any[r->kind] ? llm__gram_rounds_left(repeat, 0) : 0;
         }
         n_work++;
     }
-    return llm__gram_room_by(kind, best);
+    return llm__gram_room_before(r->kind, best);
 }
 
-/* Finds for each node behind a byte how many plain characters may follow before the rule ends, whichever they are, and
-   at most LLM__GRAM_MOST_PLAIN. It begins with that number and lowers it where less is found, until nothing changes.
-   A number that is too small is no error: then more is searched when a mask is made. So all are 0 if they are not
-   found within LLM__GRAM_MOST_LOOKS. */
-static void llm__gram_find_rooms(llm__env *env, llm_grammar *g, size_t n_nodes, size_t n_repeats) {
-    uint32_t *left = (uint32_t *)llm__alloc(env, n_nodes, sizeof *left); /* nodes that may have room */
-    for (int k = LLM__GRAM_ASCII; k < LLM__GRAM_REST; k++) {
-        llm__gram_part_kind kind = (llm__gram_part_kind)k;
-        uint8_t *rooms = g->rooms[k] = (uint8_t *)llm__alloc_zero(env, n_nodes, 1);
-        size_t n_left = 0, n_looks = 0;
-        for (size_t i = 0; i < n_repeats && n_looks < LLM__GRAM_MOST_LOOKS; i++) /* only the end has room here */
-            g->repeats[i].any[k] =
-                g->repeats[i].any[LLM__GRAM_ASCII] == (k > LLM__GRAM_ASCII) &&
-                llm__gram_room_at(g, kind, g->repeats[i].body, LLM__GRAM_ROUND, &n_looks) > LLM__GRAM_ROUND;
-        for (size_t i = 0; i < n_nodes; i++) {
-            uint32_t next = g->nodes[i].next;
-            const llm__gram_node *n = &g->nodes[next];
-            if (g->nodes[i].kind != LLM__GRAM_RANGE || next == 0 || rooms[next]) continue;
-            if (n->kind == LLM__GRAM_RANGE && (n->lo > ' ' || n->hi < '~')) continue;
-            if (k > LLM__GRAM_ASCII && !g->rooms[LLM__GRAM_ASCII][next]) continue;
-            rooms[next] = LLM__GRAM_MOST_PLAIN;
-            left[n_left++] = next;
-        }
-        for (bool changed = n_left > 0; changed;) {
-            size_t n_kept = 0;
-            changed = false;
-            for (size_t i = 0; i < n_left; i++) {
-                uint32_t node = left[i];
-                int room = n_looks < LLM__GRAM_MOST_LOOKS ? llm__gram_room_at(g, kind, node, 0, &n_looks) : 0;
-                changed |= room < rooms[node];
-                if (room < rooms[node]) rooms[node] = (uint8_t)room;
-                if (room) left[n_kept++] = node;
-            }
-            n_left = n_kept;
-        }
-        g->follow[k] = (int8_t *)llm__alloc(env, n_nodes, 1);
-        memset(g->follow[k], LLM__GRAM_UNKNOWN, n_nodes);
+/* Gives each node behind a byte the largest room, unless it certainly has none. Lists these nodes, and returns their
+   number. */
+static size_t llm__gram_begin_rooms(llm__gram_rooms *r, size_t n_nodes, uint32_t *list) {
+    const llm__gram_node *nodes = r->g->nodes;
+    uint8_t *rooms = r->g->rooms[r->kind];
+    size_t n = 0;
+    for (size_t i = 0; i < n_nodes; i++) {
+        uint32_t next = nodes[i].next;
+        if (nodes[i].kind != LLM__GRAM_RANGE || next == 0 || rooms[next]) continue;
+        if (nodes[next].kind == LLM__GRAM_RANGE && (nodes[next].lo > ' ' || nodes[next].hi < '~')) continue;
+        if (r->kind != LLM__GRAM_ASCII && !r->g->rooms[LLM__GRAM_ASCII][next]) continue;
+        rooms[next] = LLM__GRAM_MOST_PLAIN;
+        list[n++] = next;
     }
-    llm__free(env->pool, left);
+    return n;
+}
+
+/* Lowers the rooms of the listed nodes to what the rooms of other nodes allow. Nodes without room leave the list. If
+   there was too much to look at, all rooms become 0. Returns whether anything has changed. */
+static bool llm__gram_lower_rooms(llm__gram_rooms *r, uint32_t *list, size_t *n) {
+    uint8_t *rooms = r->g->rooms[r->kind];
+    size_t n_kept = 0;
+    bool changed = false;
+    for (size_t i = 0; i < *n; i++) {
+        int room = r->n_looks < LLM__GRAM_MOST_LOOKS ? llm__gram_room_at(r, list[i], 0) : 0;
+        if (room < rooms[list[i]]) {
+            rooms[list[i]] = (uint8_t)room;
+            changed = true;
+        }
+        if (room) list[n_kept++] = list[i];
+    }
+    *n = n_kept;
+    return changed;
+}
+
+/* Finds the rooms of all nodes behind a byte. It begins with the largest, and lowers them until nothing changes. */
+static void llm__gram_find_rooms(llm__env *env, llm_grammar *g, size_t n_nodes, size_t n_repeats) {
+    uint32_t *list = (uint32_t *)llm__alloc(env, n_nodes, sizeof *list);
+    for (int k = LLM__GRAM_ASCII; k < LLM__GRAM_REST; k++) {
+        llm__gram_rooms r = {g, (llm__gram_part_kind)k, 0};
+        g->rooms[k] = (uint8_t *)llm__alloc_zero(env, n_nodes, 1);
+        g->behind[k] = (int8_t *)llm__alloc(env, n_nodes, 1);
+        memset(g->behind[k], LLM__GRAM_UNKNOWN, n_nodes);
+        for (size_t i = 0; i < n_repeats && r.n_looks < LLM__GRAM_MOST_LOOKS; i++) {
+            if (k == LLM__GRAM_PLAIN && !g->repeats[i].any[LLM__GRAM_ASCII]) continue;
+            g->repeats[i].any[k] = llm__gram_room_at(&r, g->repeats[i].body, LLM__GRAM_ROUND) > LLM__GRAM_ROUND;
+        }
+        size_t n = llm__gram_begin_rooms(&r, n_nodes, list);
+        while (llm__gram_lower_rooms(&r, list, &n)) continue;
+    }
+    llm__free(env->pool, list);
 }
 
 /* Adds the core of a new state to items: what the items in `work` lead to without a byte. Returns whether the text may
@@ -22635,31 +22647,33 @@ static int32_t llm__gram_plain_step(llm__env *env, llm_grammar *g, int32_t state
     return g->states[state].plain[kind];
 }
 
+/* What may follow once a character has ended an item's rule or round. */
+static int llm__gram_room_returned(const llm_grammar *g, llm__gram_part_kind kind, llm__gram_item item) {
+    const llm__gram_return *r = item.ret ? &g->returns[item.ret - 1] : NULL;
+    if (!r || !(r->place & LLM__GRAM_ROUNDS)) return 0;
+    const llm__gram_repeat *repeat = &g->repeats[g->nodes[r->place & ~LLM__GRAM_ROUNDS].other];
+    return repeat->any[kind] ? llm__gram_rounds_left(repeat, r->count) : 0;
+}
+
 static int llm__gram_find_least_room(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
+    llm__gram_rooms r = {g, kind, 0};
     int8_t best[256];
     memset(best, -1, sizeof best);
     if (!g->states[state].expanded) llm__gram_expand(env, g, (uint32_t)state);
     const llm__gram_state *s = &g->states[state];
     for (uint32_t i = 0; i < s->n_scan; i++) {
         llm__gram_item item = g->items[s->first_scan + i];
-        int8_t *follow = &g->follow[kind][item.node];
-        if (*follow == LLM__GRAM_UNKNOWN) *follow = (int8_t)llm__gram_room_after(g, kind, item.node, LLM__GRAM_ROUND);
-        int room = *follow;
-        if (room == LLM__GRAM_ROUND) {
-            const llm__gram_return *r = item.ret ? &g->returns[item.ret - 1] : NULL;
-            room = 0;
-            if (r && r->place & LLM__GRAM_ROUNDS) {
-                const llm__gram_repeat *repeat = &g->repeats[g->nodes[r->place & ~LLM__GRAM_ROUNDS].other];
-                if (repeat->any[kind]) room = llm__gram_rounds_left(repeat, r->count);
-            }
-        }
-        llm__gram_put_room(&g->nodes[item.node], room, best);
+        const llm__gram_node *n = &g->nodes[item.node];
+        int8_t *behind = &g->behind[kind][item.node];
+        if (*behind == LLM__GRAM_UNKNOWN) *behind = (int8_t)llm__gram_room_behind(&r, n, LLM__GRAM_ROUND);
+        int room = *behind == LLM__GRAM_ROUND ? llm__gram_room_returned(g, kind, item) : *behind;
+        llm__gram_put_room(n, room, best);
     }
-    int room = llm__gram_room_by(kind, best);
+    int room = llm__gram_room_before(kind, best);
     return room < LLM__GRAM_MOST_PLAIN ? room : LLM__GRAM_MOST_PLAIN;
 }
 
-/* How many plain characters may come next at least, whichever they are, as the items alone tell. */
+/* The room of a state, as its items alone tell: more may fit. See llm__gram_rooms. */
 static int llm__gram_least_room(llm__env *env, llm_grammar *g, int32_t state, llm__gram_part_kind kind) {
     if (g->states[state].least[kind] == LLM__GRAM_UNKNOWN) {
         int room = llm__gram_find_least_room(env, g, state, kind);
@@ -22737,7 +22751,7 @@ static unsigned llm__gram_common_groups(llm__env *env, llm_grammar *g, int32_t s
     return (unsigned)g->states[state].groups;
 }
 
-/* Whether any n bytes of these groups fit: they lead from one state to the next, or back to the same. */
+/* Whether every text of n bytes from these groups fits. All groups must lead from each state to the same next one. */
 static bool llm__gram_groups_fit(llm__env *env, llm_grammar *g, int32_t state, unsigned groups, int n) {
     for (int32_t to = LLM__GRAM_UNKNOWN; n > 0 && to != state; n--) {
         if (to != LLM__GRAM_UNKNOWN) state = to;

@@ -23,6 +23,8 @@
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
+#include "examples/ranks.h"
+
 #include <chrono>
 #include <cuda_runtime.h>
 #include <fstream>
@@ -548,36 +550,9 @@ static double useful_operations(const shape *s, const llm_score_stats *stats) {
                 (double)stats->n_predicted * (rest + (double)s->n_embd * s->n_vocab));
 }
 
-/* The waits of all stages, in the format of examples/ranks.h. Only the last run of a context is traced. */
-static struct {
-    FILE *file;
-    llm_comm usual; /* its functions */
-} trace;
-
-static double wall_seconds() {
-    return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
-}
-
-static void trace_wait(const llm_comm *comm, double begin, const char *what) {
-    fprintf(trace.file, "%d,%.6f,%.6f,%s\n", comm->rank, begin, wall_seconds(), what);
-}
-
-static llm_status traced_receive(llm_comm *comm, int from, void *data, size_t n, llm_error *err) {
-    double begin = wall_seconds();
-    llm_status status = trace.usual.receive(comm, from, data, n, err);
-    trace_wait(comm, begin, from < comm->rank ? "rows" : "results");
-    return status;
-}
-
-static llm_status traced_drain(llm_comm *comm, int to, int most, llm_error *err) {
-    double begin = wall_seconds();
-    llm_status status = trace.usual.drain(comm, to, most, err);
-    if (wall_seconds() - begin > 20e-6) trace_wait(comm, begin, "room");
-    return status;
-}
-
-/* Scores with a model like one from llm_model_load, but without a file. In a pipeline the first stage prints. */
-static void score_texts(const shape *s, const std::vector<scored> &texts, llm_comm *pipeline) {
+/* Scores with a model like one from llm_model_load, but without a file. In a pipeline the first stage prints, and each
+   writes its waits after the warm-up to a file. */
+static void score_texts(const shape *s, const std::vector<scored> &texts, llm_comm *pipeline, FILE *file) {
     std::vector<llm_question> questions;
     std::vector<double> results(texts.size() * ENDINGS);
     llm_context_desc desc = {};
@@ -612,8 +587,11 @@ static void score_texts(const shape *s, const std::vector<scored> &texts, llm_co
     check(llm_score(ctx, questions.data(), (n + 9) / 10, NULL, results.data(), &stats, &err),
           &err); /* warm-up: cuBLAS loads its kernels */
     if (pipeline) {
-        ctx->backend_desc.pipeline->receive = traced_receive;
-        ctx->backend_desc.pipeline->drain = traced_drain;
+        ranks stage = {};
+        stage.rank = pipeline->rank;
+        stage.pipeline = ctx->backend_desc.pipeline;
+        ranks_trace(&stage, file);
+        trace_comm(stage.pipeline);
     }
     check(llm_score(ctx, questions.data(), n, NULL, results.data(), &stats, &err), &err);
     double limit = llm_measure_flops(ctx) * (pipeline ? pipeline->size : 1);
@@ -630,29 +608,24 @@ static void score_texts(const shape *s, const std::vector<scored> &texts, llm_co
 }
 
 static int score_hellaswag(const shape *s, const char *tokenizer, const char *path, size_t most) {
-    score_texts(s, read_questions(tokenizer, path, most, s->n_vocab), NULL);
+    score_texts(s, read_questions(tokenizer, path, most, s->n_vocab), NULL, NULL);
     return 0;
 }
 
-static int score_in_stages(int n, const shape *s, const char *tokenizer, const char *path, const char *waits,
+static int score_in_stages(int n, const shape *s, const char *tokenizer, const char *path, const char *trace_path,
                            size_t most) {
-    llm_comm *one;
-    llm_error err;
     if (n > s->n_layers) {
         fprintf(stderr, "gpu: %d stages need a layer each, and %s has %d\n", n, s->name, s->n_layers);
         return 1;
     }
     const std::vector<scored> texts = read_questions(tokenizer, path, most, s->n_vocab);
-    trace.file = fopen(waits, "a");
-    if (!trace.file) {
-        fprintf(stderr, "gpu: %s cannot be written\n", waits);
+    FILE *file = fopen(trace_path, "a");
+    if (!file) {
+        fprintf(stderr, "gpu: %s cannot be written\n", trace_path);
         return 1;
     }
-    check(llm_comm_threads(&one, 1, NULL, &err), &err);
-    trace.usual = *one;
-    llm_comm_free(one);
-    int status = on_gpus(n, [&](llm_comm *comm) { score_texts(s, texts, comm); });
-    return fclose(trace.file) || status;
+    int status = on_gpus(n, [&](llm_comm *comm) { score_texts(s, texts, comm, file); });
+    return fclose(file) || status;
 }
 
 /* ---- A real model's text ---- */

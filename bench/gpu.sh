@@ -84,7 +84,7 @@ for folder in site.getsitepackages() + [site.getusersitepackages()] + sys.path: 
 
 # ---- Building ----
 
-sources="llm.h llm_cuda.cu bench/gpu.cpp tests/test_cuda.cpp tests/tiny.h tests/common.h tests/check.h"
+sources="llm.h llm_cuda.cu bench/gpu.cpp examples/ranks.h tests/test_cuda.cpp tests/tiny.h tests/common.h tests/check.h"
 
 sources_sum() { cat $sources 2>/dev/null | cksum; }
 
@@ -240,16 +240,19 @@ step_sparse() {
     has_bench && for type in bf16-2:4 int8-2:4; do bench 45 Llama-2-7B $type graph; done
 }
 
+# Counts the GPUs: $gpus. Fails if there are fewer than two.
+count_gpus() {
+    gpus=$(ask $bin/bench --gpus 2>/dev/null)
+    [ "${gpus:-0}" -lt 2 ] || return 0
+    echo "Skipped: two GPUs are needed; this machine has ${gpus:-none}"
+    return 1
+}
+
 # Divides a model between 2, 4 and 8 GPUs, if there are that many. gpt-fast published figures for A100s.
 step_ranks() {
     local gpus n
     say "Tensor parallel"
-    has_bench || return
-    gpus=$(ask $bin/bench --gpus 2>/dev/null)
-    if [ "${gpus:-0}" -lt 2 ]; then
-        echo "Skipped: two GPUs are needed; this machine has ${gpus:-none}"
-        return
-    fi
+    has_bench && count_gpus || return
     for n in 2 4 8; do
         [ "$n" -le "$gpus" ] || continue
         bench 45 --ranks $n Llama-2-7B bf16
@@ -275,14 +278,9 @@ step_ranks() {
 step_pipeline() {
     local gpus n most=0
     say "Pipelines"
-    has_bench || return
-    gpus=$(ask $bin/bench --gpus 2>/dev/null)
-    if [ "${gpus:-0}" -lt 2 ]; then
-        echo "Skipped: two GPUs are needed; this machine has ${gpus:-none}"
-        return
-    fi
+    has_bench && count_gpus || return
     find_questions || return
-    grep -q '^LLaMA-33B,bf16,packed,' "$csv" || bench 75 --hellaswag LLaMA-33B "$tokenizer" "$data"
+    score_33b
     for n in 2 4 8; do
         [ "$n" -le "$gpus" ] || continue
         most=$n
@@ -435,12 +433,17 @@ find_questions() {
     fi
 }
 
+# Scores with LLaMA-33B's shape on one GPU, unless another step has done so.
+score_33b() {
+    grep -q '^LLaMA-33B,bf16,packed,' "$csv" || bench 75 --hellaswag LLaMA-33B "$tokenizer" "$data"
+}
+
 step_hellaswag() {
     say "HellaSwag"
     find_questions || return
     has_bench || return
     bench 45 --hellaswag Llama-2-7B "$tokenizer" "$data"
-    grep -q '^LLaMA-33B,bf16,packed,' "$csv" || bench 75 --hellaswag LLaMA-33B "$tokenizer" "$data"
+    score_33b
 }
 
 # ---- The end ----

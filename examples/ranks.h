@@ -34,7 +34,7 @@ typedef struct trace {
     llm_status (*duplicate)(llm_comm *comm, llm_comm **out, llm_error *err);
 } trace;
 
-static trace waits; /* this process's trace */
+static __thread trace waits; /* of the rank that this thread is */
 
 static inline double clock_seconds(void) {
     struct timespec t;
@@ -58,16 +58,19 @@ static inline llm_status traced_drain(llm_comm *comm, int to, int most, llm_erro
     return status;
 }
 
+static inline void trace_comm(llm_comm *comm) {
+    comm->receive = traced_receive;
+    comm->drain = traced_drain;
+}
+
 static inline llm_status traced_duplicate(llm_comm *comm, llm_comm **out, llm_error *err) {
     llm_status status = waits.duplicate(comm, out, err);
-    if (!status) {
-        (*out)->receive = traced_receive;
-        (*out)->drain = traced_drain;
-    }
+    if (!status) trace_comm(*out);
     return status;
 }
 
-/* From now on, waits for messages of the pipeline are written to the file. */
+/* From now on, waits for messages of the pipeline are written to the file, in contexts that are created later. For one
+   that exists, call trace_comm, too. */
 static inline void ranks_trace(ranks *r, FILE *file) {
     if (!r->pipeline || !file) return;
     waits.file = file;
@@ -92,7 +95,7 @@ static llm_status ranks_split(ranks *r, int color, int size, llm_comm **out, llm
 }
 
 /* Joins the other ranks. r->tp, pp and dp say how many there are of each kind; 0 counts as 1. */
-static llm_status ranks_open(ranks *r, llm_error *err) {
+static inline llm_status ranks_open(ranks *r, llm_error *err) {
     int size, got;
     r->tp += !r->tp, r->pp += !r->pp, r->dp += !r->dp;
     MPI_Init_thread(NULL, NULL, MPI_THREAD_SERIALIZED, &got);
@@ -222,7 +225,7 @@ static void ranks_close(ranks *r, bool failed) {
     MPI_Finalize();
 }
 #else
-static llm_status ranks_open(ranks *r, llm_error *err) {
+static inline llm_status ranks_open(ranks *r, llm_error *err) {
     if (r->tp <= 1 && r->pp <= 1 && r->dp <= 1) {
         r->tp = r->pp = r->dp = 1;
         return LLM_OK;

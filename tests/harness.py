@@ -3,9 +3,9 @@
 
     make test-harness      or, with the packages named in the Makefile:  tests/harness.py SERVER HELLASWAG MODEL DATA [QUESTIONS]
 
-MODEL is a GGUF file with a byte-level vocabulary that tokenizer/reference.py knows. DATA is hellaswag_val_full.txt or its .bz2: for each question the context, the number of
-the right ending, and four endings, one per line. QUESTIONS is the number of questions (100). The harness asks the server for the
-log-probabilities of given texts (`echo`). Prints TAP.
+MODEL is a GGUF file with a byte-level vocabulary that tokenizer/reference.py knows. DATA is hellaswag_val_full.txt or its .bz2: for each
+question the context, the number of the right ending, and four endings, one per line. QUESTIONS is the number of questions (100). The
+harness asks the server for the log-probabilities of given texts (`echo`). Prints TAP.
 """
 import bz2
 import json

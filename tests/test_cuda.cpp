@@ -1404,7 +1404,8 @@ static void test_pipeline_processes(void **state) {
     }
 }
 
-/* A link goes through the host if one of its ends cannot open what it needs, or if any stage asks for it. */
+/* A link goes through the host's memory if one of its two stages cannot open the memory or the events of the other. All
+   links do if a stage has LLM_CUDA_RANKS=host. */
 static void test_pipeline_through_host(void **state) {
     (void)state;
     process_job *p;

@@ -608,7 +608,8 @@ static void test_shares(void **state) {
     share_job job = {false, LLM_DTYPE_DEFAULT, 0};
     (void)state;
     if (THREAD_SANITIZED) {
-        print_message("skipped: it loads the default model six times, which takes minutes with the thread sanitizer\n");
+        print_message(
+            "skipped: it loads the default model six times, which takes a minute with the thread sanitizer\n");
         skip();
     }
     measure(NULL, &job);
