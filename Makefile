@@ -47,7 +47,7 @@ LDLIBS = $(LIBS_$(basename $(@F))) $(if $(filter test_%,$(@F)),-lcmocka) -lm -lp
 # Debian packages, each with a command or file that exists if the package is installed (see .ci/need).
 NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h
 NEEDED_TO_BUILD = $(NEEDED_TO_RUN) libjansson-dev:jansson.h libbz2-dev:bzlib.h g++:g++
-NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang libcmocka-dev:cmocka.h \
+NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang clang-format:clang-format libcmocka-dev:cmocka.h \
                   libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.asan-x86_64.a \
                   libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp libsimde-dev:simde/x86/avx512.h \
                   valgrind:valgrind python3:python3

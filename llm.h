@@ -79,14 +79,15 @@
     WHAT EVERY FUNCTION PROMISES
 
         It never exits, aborts, prints or throws. A function that can fail returns an llm_status, or -1 in place of a
-        count, and explains the failure in an llm_error, which may be NULL: what went wrong, where, and what to do. If a
-        load fails, everything it allocated is freed. A forward pass allocates nothing. There are no mutable globals.
-        Functions that take a const object may be called from many threads at once.
+        count. Most explain the failure in an llm_error, which may be NULL: what went wrong, where, and what to do. For
+        the others, such as llm_sample, the declaration says what the causes are. If a load fails, everything it
+        allocated is freed. A forward pass allocates nothing. There are no mutable globals. Functions that take a const
+        object may be called from many threads at once.
         Settings structs may be zero ({0}) or NULL for defaults. Free with the matching llm_*_free; NULL is allowed.
         Strings are UTF-8. A pointer that a function returns belongs to the object that was passed in. It is valid until
         that object is freed, or for as long as the declaration says.
-        Callbacks run on the thread that made the call. They must not use the context, and should not throw or longjmp.
-        llm_stream_free alone is allowed.
+        Callbacks run on the thread that made the call. They may call few functions of the context, see llm_host, and
+        should not throw or longjmp.
 
     ONE ARITHMETIC
 
@@ -448,7 +449,7 @@ LLM_API const char *llm_status_name(llm_status status);
 
    Every callback in this file runs on the thread that called the library, and before that call returns. It must not use
    or free the context that called it. It may only call llm_seq_length, llm_seq_tokens, llm_logits, llm_stream_result,
-   llm_stream_free and the getters; all other functions fail with LLM_ERROR_ARGUMENT. It should return. If a C++
+   llm_stream_free and the getters. All functions that compute or change a sequence fail. It should return. If a C++
    exception or a longjmp leaves it instead, the next call on the context ends the interrupted call and frees its
    memory, and drops from the sequences all tokens that were not final. A model or context that was being loaded or
    created is lost, with its memory. llm_calibrate frees its context after an exception, but not after a longjmp. */
@@ -870,6 +871,7 @@ LLM_API int llm_context_n_seq(const llm_context *ctx);
 LLM_API int llm_context_n_cache(const llm_context *ctx);
 LLM_API int llm_context_n_batch(const llm_context *ctx);
 LLM_API int llm_context_n_logits(const llm_context *ctx);
+LLM_API llm_dtype llm_context_cache_dtype(const llm_context *ctx);
 LLM_API int llm_context_n_threads(const llm_context *ctx); /* fewer than wanted if the system gave no more */
 
 /* Free positions of the cache. A sequence takes whole blocks of LLM_CACHE_BLOCK positions, so one of 33 tokens takes
@@ -1154,10 +1156,10 @@ struct llm_sampler {
 LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *sampler);
 
 /* How likely the tokens after the batch's i-th are, by its logits alone. *chosen is the log-probability of `token`, and
-   top [n_top] becomes the likeliest tokens, the best first; of equals the lower id. Both may be NULL, n_top then 0.
-   Returns how many tokens `top` has: n_top, or all of the vocabulary. Returns -1 if logits i were not wanted or one of
-   them is NaN or +INFINITY, if there is no such token (with chosen NULL any will do), or if ctx is inside one of its
-   callbacks. llm_generate_desc.on_log_probs does this for each token of a text. */
+   top [n_top] becomes the likeliest tokens, the best first; of those that are equal, the lower id first. Both may be
+   NULL, n_top then 0. Returns how many tokens `top` has: n_top, or all of the vocabulary. Returns -1 if logits i were
+   not wanted or one of them is NaN or +INFINITY, if there is no such token (with chosen NULL any will do), or if ctx is
+   inside one of its callbacks. llm_generate_desc.on_log_probs does this for each token of a text. */
 LLM_API int llm_log_probs(llm_context *ctx, int i, llm_token token, float *chosen, llm_log_prob *top, int n_top);
 
 /* ---- Grammars ------------------------------------------------------------------------------------------------ */
@@ -1328,7 +1330,7 @@ typedef struct llm_question {
     const int *n_ending;
 } llm_question;
 
-/* The tokens of a context and of one ending, one behind the other, as the LM evaluation harness has them: white space
+/* The tokens of a context, followed by those of one ending, as the LM evaluation harness has them: white space
    at the context's end is moved to the ending; the context's tokens are those of the context alone, the ending's those
    of the whole text without the first *n_context. An empty context is the BOS token or, if there is none, EOS. Flags
    and result are those of llm_encode; the harness sets both flags. */
@@ -1425,7 +1427,7 @@ LLM_API const float *llm_importance_get(const llm_importance *importance, const 
    - peer: in the GPUs' memory. Up to 8 ranks on one machine, threads or processes, can do it if each has a GPU of its
      own and these reach each other's memory.
    - nccl: with NVIDIA's library NCCL, also between machines. Each rank needs a GPU of its own. libnccl.so.2 is loaded
-     then, version 2.18 or newer. If it is not asked for, it is used only if each rank is a process, because NCCL's
+     then, version 2.18 or newer. Without LLM_CUDA_RANKS=nccl, it is used only if each rank is a process, because NCCL's
      kernels in the recorded graphs of several threads may block each other. With threads, passes are not recorded. To
      start, NCCL may take four times llm_comm.patience. Its buffers are not in llm_memory_estimate. Only one context of
      a rank may work at a time.
@@ -2163,15 +2165,15 @@ static const char *llm__file_map(llm__file *file, const char *path) {
     if (handle == INVALID_HANDLE_VALUE) {
         DWORD code = GetLastError();
         bool absent = code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND;
-        return absent ? "no such file" : code == ERROR_ACCESS_DENIED ? "access is denied" : "cannot be opened";
+        return absent ? "no such file" : code == ERROR_ACCESS_DENIED ? "access is denied" : "it cannot be opened";
     }
     LARGE_INTEGER size;
     const char *problem = NULL;
     HANDLE mapping = NULL;
-    if (!GetFileSizeEx(handle, &size) || size.QuadPart <= 0) problem = "is empty";
-    else if (!(mapping = CreateFileMappingW(handle, NULL, PAGE_READONLY, 0, 0, NULL))) problem = "cannot be mapped";
+    if (!GetFileSizeEx(handle, &size) || size.QuadPart <= 0) problem = "it is empty";
+    else if (!(mapping = CreateFileMappingW(handle, NULL, PAGE_READONLY, 0, 0, NULL))) problem = "it cannot be mapped";
     else if (!(file->data = (const uint8_t *)MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0)))
-        problem = "cannot be mapped";
+        problem = "it cannot be mapped";
     else file->size = (uint64_t)size.QuadPart;
     if (mapping) CloseHandle(mapping);
     CloseHandle(handle);
@@ -2196,9 +2198,9 @@ static const char *llm__file_map(llm__file *file, const char *path) {
     struct stat st;
     const char *problem = NULL;
     if (fstat(fd, &st)) problem = strerror(errno);
-    else if (!S_ISREG(st.st_mode)) problem = "is not a regular file";
-    else if (st.st_size <= 0) problem = "is empty";
-    else if ((uint64_t)st.st_size > SIZE_MAX) problem = "is too large for this machine's addresses";
+    else if (!S_ISREG(st.st_mode)) problem = "it is not a regular file";
+    else if (st.st_size <= 0) problem = "it is empty";
+    else if ((uint64_t)st.st_size > SIZE_MAX) problem = "it is too large for this machine's addresses";
     if (!problem) {
         void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
         if (data == MAP_FAILED) problem = strerror(errno);
@@ -9555,6 +9557,8 @@ struct llm_tokenizer {
     llm__vocab_prefix prefix;
     int n_vocab;
     llm_token bos, eos, unk;
+    llm_token first_shown; /* from this id on, n_shown tokens are not special: most tokens of a vocabulary */
+    uint32_t n_shown;
     uint16_t *flags;   /* [n_vocab]                                                      */
     uint8_t *whole;    /* [n_vocab] llm__bpe_whole; found out when first needed          */
     uint32_t *offsets; /* [n_vocab + 1] into bytes                                       */
@@ -10929,7 +10933,9 @@ LLM_API llm_token llm_tokenizer_eos(const llm_tokenizer *tokenizer) { return tok
    the start of a text. */
 static inline llm__str llm__dec_text(const llm_tokenizer *t, llm_token id, unsigned flags, bool strips) {
     llm__str s = {NULL, 0};
-    if (id < 0 || id >= t->n_vocab || (!(flags & LLM_TOKENS_SPECIAL) && llm__vocab_is_special(t, id))) return s;
+    if ((uint32_t)id - (uint32_t)t->first_shown >= t->n_shown &&
+        (id < 0 || id >= t->n_vocab || (!(flags & LLM_TOKENS_SPECIAL) && llm__vocab_is_special(t, id))))
+        return s;
     s = llm__vocab_piece(t, id);
     if (strips && s.n && s.at[0] == ' ') {
         s.at++;
@@ -11533,6 +11539,16 @@ static void llm__vocab_build_ends(llm_tokenizer *t, const llm__vocab_source *v) 
     }
 }
 
+/* Finds the longest run of tokens that are not special, which decoding shows without a look at their flags. */
+static void llm__vocab_find_shown(llm_tokenizer *t) {
+    for (int id = 0, first = 0; id < t->n_vocab; id++) {
+        if (llm_token_is_special(t, id)) first = id + 1;
+        if ((uint32_t)(id + 1 - first) <= t->n_shown) continue;
+        t->first_shown = first;
+        t->n_shown = (uint32_t)(id + 1 - first);
+    }
+}
+
 /* Copies the rules, since the tokenizer keeps nothing of the source. */
 static void llm__pre_build_rules(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v) {
     for (int i = 0; i < v->n_rules; i++) {
@@ -11607,6 +11623,7 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     llm__special_build(env, t, v, &t->raw, false);
     llm__special_build(env, t, v, &t->normalized, true);
     llm__vocab_build_ends(t, v);
+    llm__vocab_find_shown(t);
     return t;
 }
 
@@ -13135,6 +13152,7 @@ static llm_tokenizer *llm__tokenizer_from_packed(llm__packed *p) {
     llm__vocab_find_ascii(t);
     llm__bpe_build_byte_pairs(env, t);
     llm__bpe_find_cuts(t);
+    llm__vocab_find_shown(t);
     return t;
 }
 
@@ -13660,7 +13678,20 @@ LLM__SMALL_END
    split one, whatever flags the host uses.
 
    There is one known exception: a result that rounding lifts to the smallest normal number, 2^-126, is that number on
-   x86 and zero on aarch64, which tests for denormals before it rounds. */
+   x86 and zero on aarch64, which tests for denormals before it rounds.
+
+   WORDS, and what they mean from here to the end of section 17:
+
+     row      the numbers of one token in a pass: activations [rows][k]. A weight matrix has outputs, not rows.
+     tile     16 outputs with all their k, the unit in which weights are stored
+     block    32 consecutive k of a tile, or of 16 rows; in the KV cache, 32 positions (LLM_CACHE_BLOCK)
+     group    32 or 16 consecutive k of a quantised output, which share a scale; elsewhere: of tiles, of rows
+     strip    rows whose sums stay in registers while a tile is read: at most LLM__STRIP_MOST
+     panel    up to 512 packed rows times 16 tiles, whose activations and sums stay in the L2 cache
+     part     one of the runs of rows into which a product of many rows is cut; each reads all weights
+     piece    the unit of work that a thread takes. In the tokenizer: the text of a token
+     member   a thread of the team that computes a pass
+     route    how the rows of a pass are computed: with panels or without, and in how many parts */
 
 #if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
@@ -13806,7 +13837,7 @@ typedef struct llm__kernel_tile_product {
 } llm__kernel_tile_product;
 
 /* The kind in which llm__kernel_tile_product gets bf16 or int8 weights. The matrix unit needs bf16; without it int8
-   tiles are taken as they are. `step` is that of its rows. */
+   tiles need no conversion. `step` is that of its rows. */
 static inline llm__weight_type llm__kernel_tile_kind(llm__weight_type kind, size_t step) {
     return kind == LLM__W_INT8 && step == 64 ? LLM__W_INT8 : LLM__W_BF16;
 }
@@ -20666,6 +20697,7 @@ LLM_API int llm_context_n_seq(const llm_context *ctx) { return ctx->desc.n_seq; 
 LLM_API int llm_context_n_cache(const llm_context *ctx) { return ctx->desc.n_cache; }
 LLM_API int llm_context_n_batch(const llm_context *ctx) { return ctx->desc.n_batch; }
 LLM_API int llm_context_n_logits(const llm_context *ctx) { return ctx->desc.n_logits; }
+LLM_API llm_dtype llm_context_cache_dtype(const llm_context *ctx) { return ctx->desc.cache_dtype; }
 LLM_API int llm_context_n_free(const llm_context *ctx) { return ctx->cache.n_free * LLM_CACHE_BLOCK; }
 LLM_API int llm_context_n_threads(const llm_context *ctx) {
     if (ctx->model->backend != &llm__cpu_backend) return ctx->desc.n_threads;
@@ -21355,11 +21387,11 @@ LLM__SMALL_END
 
    The mask of a state says of each token whether its bytes lead to another state. The tokens are a trie: one walk
    through it finds all masks' bits. Most tokens are plain: whole characters that need no escape in JSON. Where all
-   plain characters lead to one and the same state, as they do within a string, the plain tokens are taken as a whole,
-   and only the rest is walked. The part of the trie below a node is taken as a whole, too, if all plain characters may
-   follow, or if all bytes below it lead back to the same state, as letters do within a word. If most of the plain
-   tokens fit, only those that do not are searched. Masks are stored with their states. A byte is looked at, never a
-   character, so tokens may end inside a character.
+   plain characters lead to one and the same state, as they do within a string, all plain tokens are allowed at once,
+   and only the rest is walked. So are all tokens below a node of the trie, if all plain characters may follow, or if
+   all bytes below it lead back to the same state, as letters do within a word. If most of the plain tokens fit, only
+   those that do not are searched. Masks are stored with their states. A byte is looked at, never a character, so tokens
+   may end inside a character.
 
    Related: XGrammar (Dong et al. 2024, arXiv:2411.15100), llguidance, and the grammars of llama.cpp, whose GBNF this
    reads. */
@@ -21834,7 +21866,7 @@ typedef struct llm__gram_plain {
 } llm__gram_plain;
 
 /* The nodes of a trie stand in the order of a walk that goes deep first. Each kind of tokens has a trie of its own;
-   they stand one behind the other. */
+   one follows the other. */
 typedef struct llm__gram_trie {
     size_t n_nodes, ends[3]; /* ends: where the tries of each kind end */
     uint8_t *bytes;          /* [n_nodes] */
@@ -22062,7 +22094,7 @@ struct llm_grammar {
     llm__gram_node *nodes;
     llm__gram_repeat *repeats;
     /* [n_nodes] by kind, see llm__gram_rooms: the room of each node; and the room behind the character that begins with
-       each node's byte, -1: not known, LLM__GRAM_ROUND: the rule or the round ends, LLM__GRAM_UNKNOWN: not found yet. */
+       each node's byte. -1: not known; LLM__GRAM_ROUND: the rule or round ends; LLM__GRAM_UNKNOWN: not found yet. */
     uint8_t *rooms[2];
     int8_t *behind[2];
     llm__gram_trie trie;
@@ -25163,7 +25195,7 @@ static void llm__gram_add_seen(llm__gram_schema *s, llm__gram_cases *cases, cons
     llm__env *env = s->b->env;
     if (cases->n == LLM__GRAM_MOST_SEEN)
         llm__gram_refuse(s, s->root,
-                         "unevaluatedProperties or unevaluatedItems beside so many alternatives is not "
+                         "unevaluatedProperties or unevaluatedItems with so many alternatives is not "
                          "supported");
     llm__gram_seen seen = {NULL, NULL, a->n_must + b->n_must, a->n_parts + b->n_parts};
     llm__gram_spend(s, s->root, seen.n_must + seen.n_parts);
@@ -26419,7 +26451,7 @@ static llm__gram_counts llm__gram_counts_of(llm__gram_schema *s, const llm__gram
     counts.n = counts.max == LLM__GRAM_ENDLESS ? counts.min : counts.max;
     if (counts.n > n_names) counts.n = (uint32_t)n_names;
     if ((uint64_t)(counts.n + 1) * (n_names + 1) > LLM__GRAM_MOST_COUNTED)
-        llm__gram_refuse(s, s->root, "minProperties or maxProperties beside so many properties is not supported");
+        llm__gram_refuse(s, s->root, "minProperties or maxProperties with so many properties is not supported");
     return counts;
 }
 
@@ -27554,7 +27586,7 @@ LLM_API llm_token llm_sample(llm_context *ctx, int i, int seq, llm_sampler *samp
     return choice.n ? llm__sampler_draw_choice(&choice, sampler) : -1;
 }
 
-/* The n likeliest tokens, the best first; of equals the lower id. Returns how many: n, or all. */
+/* The n likeliest tokens, the best first; of those that are equal, the lower id first. Returns how many: n, or all. */
 static int llm__sampler_find_top(const float *logits, int n_vocab, llm_log_prob *top, int n) {
     int kept = 0;
     for (int i = 0; i < n_vocab && n > 0; i++) {
@@ -27584,8 +27616,8 @@ static double llm__sampler_log_total(const llm_context *ctx, const float *logits
     return llm__fwd_log_total(scratch->maxima, scratch->probabilities, n_parts);
 }
 
-/* Makes logits log-probabilities: *chosen, which is that of a token, and those of the likeliest. Returns how many of
-   these there are, or -1 if a logit is NaN or +INFINITY, or all are -INFINITY. */
+/* Makes logits log-probabilities: *chosen becomes a token's, and the others those of the likeliest tokens.
+   Returns how many of these there are, or -1 if a logit is NaN or +INFINITY, or all are -INFINITY. */
 static int llm__sampler_log_probs(llm_context *ctx, const float *logits, llm_token token, float *chosen,
                                   llm_log_prob *top, int n_top) {
     int n_vocab = ctx->model->shape.n_vocab;
@@ -28655,7 +28687,7 @@ typedef struct llm__stream_pass {
     int n_promised;   /* blocks that streams take in this pass, or will take for the rest of their prompts */
     bool has_prompt;  /* some of the tokens are of prompts */
     int n_sampled;    /* streams in ctx->sampled, whose rows are sampled at the same time */
-    int n_threads;    /* by so many threads */
+    int n_threads;    /* threads that sample them */
 } llm__stream_pass;
 
 static bool llm__stream_takes_part(const llm__stream_pass *p, const llm_stream *s) {

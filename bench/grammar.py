@@ -5,11 +5,12 @@ the mask to floats, as the sampler needs it; the others only fill bits, so the t
 begins without stored masks. Times are CPU times, so other programs do not count.
 
     make bench-grammar [SCHEMAS=FOLDER]      or, with the packages named in the Makefile:
-    bench/grammar.py build/libllm.so [--schemas FOLDER] [--sets Github_easy,Github_medium] [--sample 300] [--refused] [--slow]
+    bench/grammar.py build/libllm.so [--schemas FOLDER] [--sets Github_easy,Github_medium] [--sample 300] [--seconds 300]
+                     [--refused] [--slow]
 
 FOLDER is a checkout of https://github.com/guidance-ai/jsonschemabench. Then its schemas follow, with the values that its maskbench has
 for each: how many are accepted, how long they take, and which of the values are allowed. All schemas of a set are read by us, a sample
-by all three, so that the table has two lines for us. --refused lists why we refuse, --slow which schemas take us longest.
+by all three, so that the table has two lines for us. If a sample takes one of them more than --seconds, the rest is left out. --refused lists why we refuse, --slow which schemas take us longest.
 """
 
 import argparse
@@ -311,9 +312,10 @@ def published_cases(contestants, args):
         print(whole.row(f"{name}, {ours.name}"), flush=True)
         sample = random.Random(1).sample(paths, min(args.sample, len(paths)))
         for contestant in contestants if sample else []:
-            tally = Tally()
+            tally, begin = Tally(), time.process_time()
             for path in sample:
-                tally.read(contestant, ours.encode, path)
+                if time.process_time() - begin < args.seconds:
+                    tally.read(contestant, ours.encode, path)
             print(tally.row(f"{name}, a sample, {contestant.name}{version_of(contestant.name)}"), flush=True)
         for message, n in whole.refused.most_common() if args.refused else []:
             print(f"# {n} refused: {message[:160]}")
@@ -328,6 +330,7 @@ def main():
     parser.add_argument("--schemas", type=pathlib.Path)
     parser.add_argument("--sets", default="Github_easy,Github_medium")
     parser.add_argument("--sample", type=int, default=300)
+    parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--refused", action="store_true")
     parser.add_argument("--slow", action="store_true")
     args = parser.parse_args()

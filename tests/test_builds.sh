@@ -92,7 +92,17 @@ done
 code_block() { awk -v fence="^\`\`\`$1\$" '$0 ~ fence { inside = 1; next } /^```/ && inside { exit } inside' "$2"; }
 code_block c README.md >"$tmp/readme.c"
 sed '1,/\*\//d' examples/hello.c >"$tmp/hello.c"
-check "the licence is in llm.h" eval 'sed -n "/^MIT License$/,/^SOFTWARE/p" llm.h | cmp - LICENSE'
+for file in llm.h llm_cuda.cu; do
+    check "the licence is in $file" eval 'sed -n "/^MIT License$/,/^SOFTWARE/p" '$file' | cmp - LICENSE'
+done
+
+# Other versions lay out some lines in another way.
+if clang-format --version 2>/dev/null | grep -q 'version 14\.'; then
+    check "all files have clang-format's layout" eval "find llm.h llm_cuda.cu examples tests tokenizer bench -name '*.c' -o -name '*.h' \
+        -o -name '*.cpp' -o -name '*.cu' | xargs clang-format --dry-run -Werror"
+else
+    echo "# clang-format 14 is not there: the layout is not checked"
+fi
 check "the program in README.md is examples/hello.c" cmp "$tmp/readme.c" "$tmp/hello.c"
 
 {

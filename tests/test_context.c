@@ -674,9 +674,13 @@ static void test_random_operations(void **state) {
 static void test_getters(void **state) {
     llm_model *model = load(11);
     llm_context *plain = create_context(model, &(llm_context_desc){.n_ctx = 50, .n_threads = 1});
-    llm_context *ctx = create_context(
-        model,
-        &(llm_context_desc){.n_ctx = 100, .n_seq = 3, .n_cache = 192, .n_batch = 7, .n_logits = 2, .n_threads = 1});
+    llm_context *ctx = create_context(model, &(llm_context_desc){.n_ctx = 100,
+                                                                 .n_seq = 3,
+                                                                 .n_cache = 192,
+                                                                 .n_batch = 7,
+                                                                 .n_logits = 2,
+                                                                 .n_threads = 1,
+                                                                 .cache_dtype = LLM_DTYPE_INT8});
     (void)state;
     assert_int_equal(llm_context_n_seq(plain), 1);
     assert_int_equal(llm_context_n_batch(plain), 512);
@@ -689,6 +693,8 @@ static void test_getters(void **state) {
     assert_int_equal(llm_context_n_batch(ctx), 7);
     assert_int_equal(llm_context_n_logits(ctx), 2);
     assert_int_equal(llm_context_n_threads(ctx), 1);
+    assert_int_equal(llm_context_cache_dtype(plain), LLM_DTYPE_F32);
+    assert_int_equal(llm_context_cache_dtype(ctx), LLM_DTYPE_INT8);
     assert_int_equal(llm_version(), LLM_VERSION_NUMBER);
     int major, minor, patch;
     assert_int_equal(sscanf(LLM_VERSION, "%d.%d.%d", &major, &minor, &patch), 3);
