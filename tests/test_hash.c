@@ -3,6 +3,7 @@
    - An emulator skips the runs with one thread, and runs the default model only with its usual type.
    - With the scalar kernels, an emulator runs a third of the ways. Builds with other compilers (LLM_TEST_COMPILER) run
      one way per type, so that each way runs with some type.
+   - Builds with other compilers run with one and two threads only.
    - The thread sanitizer runs one way per type and number of threads; more than 2 threads with one instruction set.
    Variants: matrix cross tsan */
 #include "tests/check.h"
@@ -36,7 +37,7 @@ static void check_tiny(int type, const char *isa) {
     if (!model) skip(); /* this machine does not have the instruction set */
     const bool slow = !strcmp(isa, "scalar");
     const int step = !slow ? 1 : OTHER_COMPILER ? WAYS : emulated() ? 3 : 1;
-    for (int count = emulated() || THREAD_SANITIZED; count < (emulated() || slow ? 2 : COUNTS); count++) {
+    for (int count = emulated() || THREAD_SANITIZED; count < (emulated() || OTHER_COMPILER || slow ? 2 : COUNTS); count++) {
         int n_threads = THREADS[count];
         if (THREAD_SANITIZED && n_threads > 2 && strcmp(isa, "avx2")) break;
         llm_context *ctx = create(model, e->cache, n_threads, 0), *small = create(model, e->cache, n_threads, 37);
