@@ -110,8 +110,9 @@
         }
 
         static llm_status chat(llm_context *ctx, llm_message *messages, int *n, char answer[4096], llm_error *err) {
-            llm_generate_desc desc = {.messages = messages, .n_messages = *n, .max_tokens = 300, .on_text = append,
-                                      .user = answer};
+            llm_generate_desc desc = {.messages = messages, .n_messages = *n,
+                                      .keep_free = 300,         // when there is no room, leave out the oldest turns
+                                      .max_tokens = 300, .on_text = append, .user = answer};
             answer[0] = 0;
             llm_status status = llm_generate(ctx, &desc, NULL, err);
             messages[*n].role = "assistant";
@@ -923,9 +924,10 @@ typedef struct llm_generate_desc {
     const llm_token *tokens;   /* ids, used as they are                                                             */
     int n_tokens;
 
-    /* Above 0: if the messages leave fewer tokens than this free of n_ctx, the oldest turns are left out. A turn begins
-       with a message of "user". The "system" messages at the beginning and the last turn stay. More turns are left out
-       than needed, up to half of n_ctx, because the others must be computed again: so this is rarely needed. */
+    /* Above 0: if the messages (or messages_json) leave fewer tokens than this free of n_ctx, the oldest turns are left
+       out. A turn begins with a message of "user". The "system" messages at the beginning and the last turn stay. More
+       turns are left out than needed, up to half of n_ctx, because the others must be computed again: so this is rarely
+       needed. LLM_ERROR_CONTEXT_FULL if the last turn alone is too long. */
     int keep_free;
 
     int seq;                         /* the sequence to use, or LLM_SEQ_ANY */
@@ -28295,66 +28297,141 @@ static llm_token *llm__gen_encode(llm__env *env, const llm_stream *s, const llm_
     return ids;
 }
 
+/* A message of a conversation. */
+typedef struct llm__gen_message {
+    const char *at; /* in messages_json; else NULL */
+    size_t n;       /* bytes: in messages_json, else of the content */
+    bool is_system, is_user;
+} llm__gen_message;
+
 /* The conversation without its oldest turns. */
 typedef struct llm__gen_turns {
     llm_chat_desc chat; /* all of it */
-    llm_message *left;  /* [n_messages] what is left */
-    int n_kept, next;   /* the first n_kept messages stay, then those before `next` are left out: */
-    size_t bytes;       /* so much content, */
-    size_t step;        /* in steps of so much */
+    int n_messages;
+    llm__gen_message *messages; /* [n_messages] */
+    llm_message *left;          /* [n_messages] what is left; NULL with messages_json: */
+    char *left_json;
+    int n_kept; /* the first n_kept messages stay, */
+    int *cuts;  /* [n_cuts] those before one of these are left out; at most n_messages */
+    int n_cuts;
 } llm__gen_turns;
 
-/* Leaves out more: up to the first turn behind the next step. A turn begins with a message of the user. False if there
-   is none. */
-static bool llm__gen_drop_turn(llm__gen_turns *t) {
-    size_t bytes = t->bytes, least = (bytes / t->step + 1) * t->step;
-    for (int i = t->next; i < t->chat.n_messages; i++) {
-        if (bytes >= least && i > t->n_kept && !strcmp(t->chat.messages[i].role, "user")) {
-            t->next = i;
-            t->bytes = bytes;
-            return true;
-        }
-        bytes += strlen(t->chat.messages[i].content);
+static void llm__gen_read_messages(llm__env *env, llm__gen_turns *t) {
+    const llm_chat_desc *chat = &t->chat;
+    t->messages = (llm__gen_message *)llm__alloc_zero(env, (size_t)chat->n_messages, sizeof *t->messages);
+    t->left = (llm_message *)llm__alloc(env, (size_t)chat->n_messages, sizeof *t->left);
+    t->n_messages = chat->n_messages;
+    for (int i = 0; i < chat->n_messages; i++) {
+        const llm_message *m = &chat->messages[i];
+        if (!m->role || !m->content) llm__fail(env, LLM_ERROR_ARGUMENT, "message %d has no role or no content", i);
+        t->messages[i].n = strlen(m->content);
+        t->messages[i].is_system = !strcmp(m->role, "system");
+        t->messages[i].is_user = !strcmp(m->role, "user");
     }
-    return false;
 }
 
-static llm_token *llm__gen_encode_turns(llm__env *env, llm_stream *s, const llm__gen_turns *t, int *n) {
+static bool llm__gen_has_role(const llm__json *message, const char *role) {
+    const llm__json *v = llm__json_get(message, "role");
+    return v && v->type == LLM__JSON_STRING && llm__str_is(v->string, role);
+}
+
+/* Finds the messages in messages_json. */
+static void llm__gen_read_json(llm__env *env, llm__gen_turns *t) {
+    const char *text = t->chat.messages_json;
+    size_t n = strlen(text);
+    const llm__json *message = llm__chat_json(env, text, "messages_json", LLM__JSON_ARRAY)->first;
+    llm__json_reader r = llm__json_open(env, text, n);
+    size_t room = 0;
+    llm__json_expect(&r, '[', "a list is expected");
+    for (; message; message = message->next) {
+        t->messages =
+            (llm__gen_message *)llm__alloc_grow(env, t->messages, (size_t)t->n_messages, &room, sizeof *t->messages);
+        llm__gen_message *m = &t->messages[t->n_messages++];
+        llm__json_peek(&r);
+        m->at = r.at;
+        llm__json_read(&r, llm__json_node(&r), 1);
+        m->n = (size_t)(r.at - m->at);
+        m->is_system = llm__gen_has_role(message, "system");
+        m->is_user = llm__gen_has_role(message, "user");
+        if (message->next) llm__json_expect(&r, ',', "a comma is expected");
+    }
+    t->left_json = (char *)llm__alloc(env, n + 2, 1);
+}
+
+/* Finds the places where the rest may begin: for each step of so many bytes, the first turn behind it. A turn begins
+   with a message of the user. */
+static void llm__gen_find_cuts(llm__gen_turns *t, size_t step) {
+    size_t bytes = 0, least = step;
+    t->n_cuts = 0;
+    for (int i = t->n_kept; i < t->n_messages; i++) {
+        if (bytes >= least && i > t->n_kept && t->messages[i].is_user) {
+            t->cuts[t->n_cuts++] = i;
+            least = (bytes / step + 1) * step;
+        }
+        bytes += t->messages[i].n;
+    }
+}
+
+/* The tokens of the conversation without the messages from n_kept to `cut`. */
+static llm_token *llm__gen_encode_turns(llm__env *env, const llm_stream *s, const llm__gen_turns *t, int cut, int *n) {
     llm_chat_desc rest = t->chat;
-    int n_left = t->chat.n_messages - t->next;
-    memcpy(t->left + t->n_kept, t->chat.messages + t->next, (size_t)n_left * sizeof *t->left);
-    rest.messages = t->left;
-    rest.n_messages = t->n_kept + n_left;
+    int n_left = t->n_messages - cut;
+    if (cut > t->n_kept && t->left_json) {
+        const char *begin = t->chat.messages_json, *from = t->messages[cut].at;
+        size_t n_begin = (size_t)(t->messages[t->n_kept].at - begin); /* up to the first message that is left out */
+        memcpy(t->left_json, begin, n_begin);
+        memcpy(t->left_json + n_begin, from, strlen(from) + 1);
+        rest.messages_json = t->left_json;
+    } else if (cut > t->n_kept) {
+        memcpy(t->left, t->chat.messages, (size_t)t->n_kept * sizeof *t->left);
+        memcpy(t->left + t->n_kept, t->chat.messages + cut, (size_t)n_left * sizeof *t->left);
+        rest.messages = t->left;
+        rest.n_messages = t->n_kept + n_left;
+    }
     llm__chat_text text = llm__chat_render(env, s->ctx->model->tokenizer, &rest);
-    s->stats.n_left_out = t->next - t->n_kept;
     return llm__gen_encode(env, s, &text, LLM_TOKENS_SPECIAL, n);
+}
+
+/* Tries the cuts and returns the tokens for the first that leaves `most` tokens or fewer; NULL if none does. Then *n is
+   what the last cut leaves. Each cut leaves fewer tokens than the one before, so this is a bisection. It begins with
+   the last cut, because a text that leaves out much is short, and most of a very long one must go. */
+static llm_token *llm__gen_fit_cuts(llm__env *env, llm_stream *s, const llm__gen_turns *t, int most, int *n) {
+    llm_token *best = NULL;
+    for (int low = 0, high = t->n_cuts - 1, i = high; low <= high; i = low + (high - low) / 2) {
+        int n_ids;
+        llm_token *ids = llm__gen_encode_turns(env, s, t, t->cuts[i], &n_ids);
+        bool fits = n_ids <= most;
+        if (fits || !best) *n = n_ids;
+        llm__free(env->pool, fits ? best : ids);
+        if (fits) {
+            best = ids;
+            s->stats.n_left_out = t->cuts[i] - t->n_kept;
+            high = i - 1;
+        } else low = i + 1;
+    }
+    return best;
 }
 
 /* Leaves out the oldest turns until the conversation fits: if possible in steps of 2 * n_ctx bytes of content, about
    half of the sequence, else in smaller ones. So it begins at the same place for several turns, and what follows is
    reused. */
 static llm_token *llm__gen_fit_turns(llm__env *env, llm_stream *s, const llm_chat_desc *chat, int *n) {
-    int n_ctx = s->ctx->desc.n_ctx;
+    int n_ctx = s->ctx->desc.n_ctx, most = n_ctx - s->desc.keep_free;
     const size_t steps[] = {2 * (size_t)n_ctx, (size_t)n_ctx / 2 + 1, 1};
     llm__gen_turns t;
     memset(&t, 0, sizeof t);
     t.chat = *chat;
-    for (int i = 0; i < chat->n_messages; i++)
-        if (!chat->messages[i].role || !chat->messages[i].content)
-            llm__fail(env, LLM_ERROR_ARGUMENT, "message %d has no role or no content", i);
-    while (t.n_kept < chat->n_messages && !strcmp(chat->messages[t.n_kept].role, "system")) t.n_kept++;
-    t.left = (llm_message *)llm__alloc(env, (size_t)chat->n_messages, sizeof *t.left);
-    memcpy(t.left, chat->messages, (size_t)t.n_kept * sizeof *t.left);
-    for (int i = 0; i < 3; i++) {
-        t.step = steps[i];
-        t.next = t.n_kept;
-        t.bytes = 0;
-        do {
-            llm_token *ids = llm__gen_encode_turns(env, s, &t, n);
-            if (*n <= n_ctx - s->desc.keep_free) return ids;
-            llm__free(env->pool, ids);
-        } while (llm__gen_drop_turn(&t));
+    if (chat->messages_json) llm__gen_read_json(env, &t);
+    else llm__gen_read_messages(env, &t);
+    while (t.n_kept < t.n_messages && t.messages[t.n_kept].is_system) t.n_kept++;
+    t.cuts = (int *)llm__alloc(env, (size_t)t.n_messages + 1, sizeof *t.cuts);
+    llm_token *ids = llm__gen_encode_turns(env, s, &t, t.n_kept, n);
+    for (int i = 0; *n > most && i < 3; i++) {
+        llm__free(env->pool, ids);
+        llm__gen_find_cuts(&t, steps[i]);
+        ids = llm__gen_fit_cuts(env, s, &t, most, n);
     }
+    if (*n <= most) return ids;
     llm__fail(env, LLM_ERROR_CONTEXT_FULL,
               "the last turn alone has %d tokens; a sequence of this context holds %d (n_ctx), of which %d are to stay "
               "free (keep_free)",
@@ -28366,7 +28443,8 @@ static llm_token *llm__gen_prompt_tokens(llm__env *env, llm_stream *s, int *n) {
     const llm_generate_desc *d = &s->desc;
     if ((d->prompt != NULL) + (d->messages != NULL) + (d->chat != NULL) + (d->tokens != NULL) != 1)
         llm__fail(env, LLM_ERROR_ARGUMENT, "exactly one of prompt, messages, chat and tokens must be given");
-    if (d->keep_free < 0 || (d->keep_free && !d->messages && !(d->chat && d->chat->messages)))
+    bool has_messages = d->messages || (d->chat && (d->chat->messages || d->chat->messages_json));
+    if (d->keep_free < 0 || (d->keep_free && !has_messages))
         llm__fail(env, LLM_ERROR_ARGUMENT, "keep_free is negative, or there are no messages that could be left out");
     if (d->tokens) {
         if (d->n_tokens <= 0)
@@ -28389,7 +28467,7 @@ static llm_token *llm__gen_prompt_tokens(llm__env *env, llm_stream *s, int *n) {
     chat.n_messages = d->n_messages;
     chat.open_answer = true;
     if (d->chat) chat = *d->chat;
-    if (d->keep_free && chat.messages && chat.n_messages > 0) return llm__gen_fit_turns(env, s, &chat, n);
+    if (d->keep_free && (chat.messages_json || chat.n_messages > 0)) return llm__gen_fit_turns(env, s, &chat, n);
     llm__chat_text text = llm__chat_render(env, s->ctx->model->tokenizer, &chat);
     return llm__gen_encode(env, s, &text, LLM_TOKENS_SPECIAL, n);
 }

@@ -8,6 +8,8 @@
     The model's text goes to standard output and everything else to standard error. Ctrl-C stops an answer; a second
     one, before the first takes effect, ends the program. The exit code is 1 after an error, 2 after a wrong option and
     130 if the answer of -p was stopped.
+
+    When a chat fills the context, its oldest turns are left out.
 */
 #define LLM_IMPLEMENTATION
 #include "llm.h"
@@ -124,7 +126,10 @@ static const struct argp_option option_list[] = {
      "type), or another model's file; the text stays the same",
      3},
     {"draft-max", KEY_DRAFT_MAX, "N", 0, "check at most N guesses at once (default: 15)", 3},
-    {"ctx", KEY_CTX, "N", 0, "tokens a conversation can hold (default: the model's limit, at most 4096)", 3},
+    {"ctx", KEY_CTX, "N", 0,
+     "tokens that the model sees; the oldest turns of a longer chat are left out (default: the model's limit, at most "
+     "4096)",
+     3},
     {"tp", KEY_TP, "N", 0, "N processes share each layer", 4},
     {"pp", KEY_PP, "N", 0, "N groups of processes share the layers", 4},
     {0}};
@@ -267,6 +272,7 @@ typedef struct repl {
     llm_stats stats;       /* of the last answer                                                  */
     const char *echo;      /* shown on standard error before the answer                           */
     bool started;          /* a part of the answer has been printed                               */
+    bool said_left_out;    /* the user knows that the oldest turns are left out                   */
     EditLine *editor;      /* NULL if the input is not a terminal                                 */
     History *history;
     char *line; /* the last line read                                                  */
@@ -441,6 +447,7 @@ static void pop_message(repl *r) { free((char *)arrpop(r->messages).content); }
 static void reset(repl *r) {
     while (arrlen(r->messages) > 0) pop_message(r);
     if (r->opt.system) push_message(r, "system", r->opt.system, strlen(r->opt.system));
+    r->said_left_out = false;
 }
 
 /* ---- One answer ---------------------------------------------------------------------------------------------- */
@@ -495,16 +502,26 @@ static llm_status generate(repl *r, const char *text, llm_error *err) {
     r->started = false;
     arrsetlen(r->answer, 0);
     n_interrupts = 0;
+    /* In a chat, a quarter of the context is for the answer, unless the last turn alone needs more. */
+    int most = llm_context_n_ctx(r->ctx) / 4;
+    if (!r->opt.raw && !r->opt.prompt)
+        desc.keep_free = desc.max_tokens > 0 && desc.max_tokens < most ? desc.max_tokens : most;
+    llm_status status = llm_generate(r->ctx, &desc, &r->stats, err);
+    if (status != LLM_ERROR_CONTEXT_FULL || desc.keep_free <= 1) return status;
+    desc.keep_free = 1;
     return llm_generate(r->ctx, &desc, &r->stats, err);
 }
 
-/* Ends the last line of the answer. If the context is full, says so. */
+/* Ends the last line of the answer. If the context is full, says so; once, if the oldest turns were left out. */
 static void close_answer(repl *r) {
     bool ended = !r->opt.ids && arrlen(r->answer) && arrlast(r->answer) == '\n';
     if (r->started && !ended) print(r, "\n", 1);
     if (r->stats.stop == LLM_STOP_CONTEXT)
-        fprintf(stderr, "The answer stops here: all %d positions of the context are used; %s.\n",
-                llm_context_n_ctx(r->ctx), r->opt.prompt ? "increase --ctx" : "/reset clears it");
+        fprintf(stderr, "The answer stops here: all %d positions of the context are used; increase --ctx.\n",
+                llm_context_n_ctx(r->ctx));
+    if (r->stats.n_left_out && !r->said_left_out && !r->ranks.rank)
+        fputs("The chat no longer fits in the context (--ctx), so the model does not see its oldest turns.\n", stderr);
+    r->said_left_out = r->said_left_out || r->stats.n_left_out;
 }
 
 /* Answers one input. Returns 0, or 1 after a failure, which leaves the conversation unchanged. */
@@ -517,7 +534,7 @@ static int answer(repl *r, const char *text) {
     if (!r->opt.raw && nothing) pop_message(r);
     else if (!r->opt.raw) push_message(r, "assistant", arrlen(r->answer) ? r->answer : "", (size_t)arrlen(r->answer));
     if (status != LLM_OK) complain(err.message);
-    if (status == LLM_ERROR_CONTEXT_FULL && !r->opt.prompt) fputs("/reset starts a new conversation.\n", stderr);
+    if (status == LLM_ERROR_CONTEXT_FULL && !r->opt.prompt) fputs("Shorten the line, or increase --ctx.\n", stderr);
     if (ferror(stdout)) return complain("standard output cannot be written");
     return status != LLM_OK;
 }

@@ -8,10 +8,11 @@
 
     There are two threads: libmicrohttpd's thread reads requests and sends answers, the main thread computes. One lock
     protects the data that they share. A request waits in a queue until one of the --parallel places is free. Then its
-    stream takes part in every pass until the answer ends. A client that hangs up loses its place. After SIGTERM,
-    accepted requests finish and new ones are refused; a second SIGTERM ends the program at once.
+    stream takes part in every pass until the answer ends. A client that hangs up loses its place, also in the queue.
+    After SIGTERM, accepted requests finish and new ones are refused; a second SIGTERM ends the program at once.
 
-    A request to /v1/completions may have several prompts. Each has its own stream and place. With "echo" and
+    A request to /v1/completions may have several prompts. Each has its own stream and place. Waiting requests take
+    turns, one prompt at a time, so that a request with many prompts does not hold up the others. With "echo" and
     "logprobs", the answer has the prompt's tokens with their log-probabilities, for programs that evaluate models.
 
     A chat may have tools. A grammar ensures that calls can be parsed and that their arguments match the tools' schemas
@@ -19,7 +20,10 @@
     may make mistakes; text that cannot be parsed as calls is returned as text. A stream gets whole calls at the end of
     the answer.
 
-    Unsupported options that would change the answer (pictures, several choices) are refused, and the error names them.
+    Beside OpenAI's options, these of llama.cpp's and vLLM's servers work: top_k, min_p, typical_p, top_n_sigma,
+    repetition_penalty, repeat_penalty, repeat_last_n, ignore_eos, and chat_template_kwargs, whose members become
+    variables of the chat template. Options of OpenAI's API that do not change the answer, such as "user", are ignored.
+    All others are refused, and the error names them.
     Without --key, everyone who can reach the port can use the server. There is no encryption: to serve other machines,
     put a proxy in front of it.
 */
@@ -46,11 +50,23 @@
 
 typedef struct options {
     const char *model, *host, *key, *name;
-    int port, parallel, n_ctx, n_cache, n_threads, queue, step, most_body;
+    int port, parallel, n_ctx, n_cache, n_threads, queue, step, most_body, keep_free;
     llm_dtype dtype;
 } options;
 
-enum { KEY_HOST = 256, KEY_KEY, KEY_NAME, KEY_PARALLEL, KEY_CTX, KEY_CACHE, KEY_QUEUE, KEY_STEP, KEY_BODY, KEY_DTYPE };
+enum {
+    KEY_HOST = 256,
+    KEY_KEY,
+    KEY_NAME,
+    KEY_PARALLEL,
+    KEY_CTX,
+    KEY_CACHE,
+    KEY_QUEUE,
+    KEY_STEP,
+    KEY_BODY,
+    KEY_DTYPE,
+    KEY_FREE
+};
 
 static const struct argp_option OPTIONS[] = {
     {"model", 'm', "FILE", 0, "the model", 0},
@@ -66,6 +82,10 @@ static const struct argp_option OPTIONS[] = {
     {"ctx", KEY_CTX, "N", 0, "max tokens of a prompt and its answer (the model's limit, at most 4096)", 3},
     {"cache", KEY_CACHE, "N", 0,
      "max tokens of all prompts and answers together, and of kept prefixes (ctx * parallel)", 3},
+    {"keep-free", KEY_FREE, "N", 0,
+     "leave out the oldest turns of a chat so that N tokens of --ctx are free for the answer; 0: a chat that does not "
+     "fit gets error 400, as from OpenAI's API (0)",
+     3},
     {"step", KEY_STEP, "N", 0, "max tokens per pass: small values give smooth answers, large ones fast prompts (128)",
      3},
     {0}};
@@ -92,6 +112,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case KEY_BODY: o->most_body = parse_number(state, arg, 1, 1 << 28); break;
     case KEY_CTX: o->n_ctx = parse_number(state, arg, 1, 1 << 24); break;
     case KEY_CACHE: o->n_cache = parse_number(state, arg, 1, 1 << 28); break;
+    case KEY_FREE: o->keep_free = parse_number(state, arg, 0, 1 << 24); break;
     case KEY_STEP: o->step = parse_number(state, arg, 1, 1 << 16); break;
     case KEY_DTYPE:
         o->dtype = llm_dtype_from_name(arg);
@@ -121,7 +142,7 @@ typedef struct prompt {
     struct request *request;
     int index;           /* number of the prompt in the request */
     const json_t *given; /* as sent by the client */
-    llm_token *ids;      /* [n_ids]; NULL for a chat, which only has n_ids */
+    llm_token *ids; /* [n_ids]; NULL for a chat, which only has n_ids; with --keep-free the tokens that must stay */
     int n_ids;
     llm_sampler sampler;
     llm_stream *stream; /* used by the main thread only */
@@ -139,8 +160,9 @@ typedef struct request {
     buffer body;
     /* The request: */
     json_t *json;
-    bool is_chat, streams, wants_usage, echoes;
+    bool is_chat, streams, wants_usage, echoes, ignores_end;
     char *messages;     /* JSON */
+    char *variables;    /* of the chat template; JSON, or NULL */
     char *tools;        /* JSON, or NULL */
     llm_tool_form form; /* how tools are called; LLM_TOOL_FORM_NONE: no tools */
     bool one_call;
@@ -177,7 +199,7 @@ typedef struct server {
     int n_signals;
     uint64_t n_ids, n_call_ids;
     /* Counters for /metrics: */
-    uint64_t n_answers, n_refused, n_hung_up, n_failed, n_prompt, n_reused, n_generated;
+    uint64_t n_answers, n_refused, n_hung_up, n_failed, n_shortened, n_prompt, n_reused, n_generated;
 } server;
 
 static void out_of_memory(void) {
@@ -206,6 +228,7 @@ static void let_go(request *r) {
     free(r->prompts);
     free(r->body.at);
     free(r->messages);
+    free(r->variables);
     free(r->tools);
     free(r->out.at);
     free(r);
@@ -468,6 +491,7 @@ static void end_text(prompt *p, const llm_stats *stats) {
     json_t *calls = read_calls(p, &n);
     const char *reason = calls ? "tool_calls" : finish_reason(stats->stop);
     r->n_ended++;
+    r->server->n_shortened += stats->n_left_out > 0;
     r->n_prompt += stats->n_prompt;
     r->n_reused += stats->n_reused;
     r->n_generated += stats->n_generated;
@@ -512,7 +536,8 @@ static void complete(request *r) {
 /* ---- The main thread ------------------------------------------------------------------------------------------- */
 
 static llm_chat_desc chat_of(const request *r) {
-    return (llm_chat_desc){.messages_json = r->messages, .tools_json = r->tools, .open_answer = true};
+    return (llm_chat_desc){
+        .messages_json = r->messages, .tools_json = r->tools, .variables_json = r->variables, .open_answer = true};
 }
 
 static llm_status begin(prompt *p, llm_error *err) {
@@ -522,12 +547,14 @@ static llm_status begin(prompt *p, llm_error *err) {
     llm_generate_desc desc = {.chat = r->is_chat ? &chat : NULL,
                               .tokens = p->ids,
                               .n_tokens = p->n_ids,
+                              .keep_free = r->is_chat ? r->server->opt.keep_free : 0,
                               .seq = LLM_SEQ_ANY,
                               .max_tokens = r->max_tokens,
                               .prompt_only = !r->is_chat && !r->max_tokens,
                               .sampler = &p->sampler,
                               .stop_strings = r->stops,
                               .n_stop_strings = r->n_stops,
+                              .ignore_end = r->ignores_end,
                               .grammar = r->grammar,
                               .on_text = on_text,
                               .text_has_marks = r->form != LLM_TOOL_FORM_NONE,
@@ -566,19 +593,33 @@ static void drop(server *s, const request *r) {
         }
 }
 
-/* With the lock held. Gives free places to waiting prompts. A request stays in the queue until its last prompt has a
-   place. */
+/* With the lock held. Ends a request whose client has hung up. */
+static void hang_up(server *s, request *r) {
+    drop(s, r);
+    s->n_hung_up++;
+    finish(r, 499);
+}
+
+/* With the lock held. Adds a request at the end of the queue. */
+static void put_in_queue(server *s, request *r) {
+    request **last = &s->queue;
+    while (*last) last = &(*last)->next;
+    *last = r;
+    r->next = NULL;
+    s->n_queued++;
+}
+
+/* With the lock held. Removes requests from the queue whose clients have hung up. Then gives free places to waiting
+   prompts: one of the first request, which then goes to the end of the queue if it has more. */
 static void take_from_queue(server *s) {
+    for (request **at = &s->queue, *r; (r = *at);) {
+        if (has_hung_up(r)) hang_up(s, r); /* *at becomes the next one */
+        else at = &r->next;
+    }
     while (s->queue && s->n_running < s->opt.parallel) {
         request *r = s->queue;
         prompt *p = &r->prompts[r->n_begun];
         llm_error err;
-        if (has_hung_up(r)) {
-            drop(s, r);
-            s->n_hung_up++;
-            finish(r, 499);
-            continue;
-        }
         llm_status status = begin(p, &err);
         if (status == LLM_ERROR_CONTEXT_FULL && s->n_running) return; /* try again when an answer ends */
         if (status) {
@@ -590,9 +631,9 @@ static void take_from_queue(server *s) {
         p->next = s->running;
         s->running = p;
         s->n_running++;
-        if (++r->n_begun < r->n_prompts) continue;
         s->queue = r->next;
         s->n_queued--;
+        if (++r->n_begun < r->n_prompts) put_in_queue(s, r);
     }
 }
 
@@ -609,11 +650,13 @@ static void settle(server *s) {
         }
         llm_status status = llm_stream_result(p->stream, &stats, &err);
         if (gone || status) {
-            drop(s, r);
-            s->n_hung_up += gone;
-            if (gone) finish(r, 499);
-            else fail(r, 500, err.message);
-            at = &s->running; /* drop may have removed other prompts, too */
+            if (gone) {
+                hang_up(s, r);
+            } else {
+                drop(s, r);
+                fail(r, 500, err.message);
+            }
+            at = &s->running; /* other prompts of the request were removed, too */
             continue;
         }
         *at = p->next;
@@ -651,6 +694,16 @@ static const char *read_number(const json_t *json, const char *name, double leas
     *value = json_number_value(given);
     if (json_is_number(given) && *value >= least && *value <= most) return NULL;
     snprintf(why, sizeof why, "%s must be a number from %g to %g", name, least, most);
+    return why;
+}
+
+static const char *read_bool(const json_t *json, const char *name, bool *value) {
+    static __thread char why[60];
+    const json_t *given = json_object_get(json, name);
+    if (!given || json_is_null(given)) return NULL;
+    *value = json_is_true(given);
+    if (json_is_boolean(given)) return NULL;
+    snprintf(why, sizeof why, "%s must be true or false", name);
     return why;
 }
 
@@ -726,6 +779,34 @@ static const char *read_message(json_t *message, json_t *ids) {
     return join_parts(message);
 }
 
+/* Max tokens of a prompt. */
+static int most_tokens(const request *r) {
+    return llm_context_n_ctx(r->server->ctx) - (r->is_chat ? r->server->opt.keep_free : 0);
+}
+
+static bool has_role(const json_t *messages, size_t i, const char *role) {
+    return !strcmp(json_string_value(json_object_get(json_array_get(messages, i), "role")), role);
+}
+
+/* Returns the tokens of what --keep-free never leaves out, or -1: the system messages at the beginning and the last
+   turn. */
+static int64_t count_kept(const request *r, const json_t *messages, llm_error *err) {
+    size_t n = json_array_size(messages), i = 0;
+    json_t *kept = json_array();
+    for (; i < n && has_role(messages, i, "system"); i++) json_array_append(kept, json_array_get(messages, i));
+    size_t last = i;
+    for (; i < n; i++)
+        if (has_role(messages, i, "user")) last = i;
+    for (i = last; i < n; i++) json_array_append(kept, json_array_get(messages, i));
+    llm_chat_desc desc = chat_of(r);
+    char *text = write_json(kept);
+    desc.messages_json = text;
+    int64_t n_tokens = llm_chat_encode(llm_model_tokenizer(r->server->model), &desc, NULL, 0, err);
+    free(text);
+    json_decref(kept);
+    return n_tokens;
+}
+
 static const char *read_messages(request *r, llm_error *err) {
     json_t *messages = json_object_get(r->json, "messages"), *message, *ids = json_object();
     size_t i;
@@ -738,6 +819,7 @@ static const char *read_messages(request *r, llm_error *err) {
     r->messages = write_json(messages);
     llm_chat_desc desc = chat_of(r);
     int64_t n = llm_chat_encode(llm_model_tokenizer(r->server->model), &desc, NULL, 0, err);
+    if (n > most_tokens(r) && r->server->opt.keep_free) n = count_kept(r, messages, err);
     add_prompts(r, 1)->n_ids = n > INT32_MAX ? INT32_MAX : (int)n;
     return n < 0 ? err->message : NULL;
 }
@@ -917,63 +999,163 @@ static const char *read_form(request *r, llm_error *err) {
     return why;
 }
 
-/* Refuses unsupported options, unless their value changes nothing. */
-static const char *refuse_others(const request *r) {
-    static const char *const names[] = {"functions",  "function_call", "suffix", "best_of",     "n",
-                                        "modalities", "audio",         "tools",  "tool_choice", "parallel_tool_calls"};
-    enum { LAST_OF_CHATS = 7 }; /* the number of names that a chat refuses; it accepts the others */
-    static __thread char why[100];
-    for (size_t i = 0; i < (r->is_chat ? (size_t)LAST_OF_CHATS : sizeof names / sizeof *names); i++) {
-        const json_t *given = json_object_get(r->json, names[i]);
-        bool one = !strcmp(names[i], "n") || !strcmp(names[i], "best_of");
-        bool nothing = !given || json_is_null(given) || json_is_false(given) ||
-                       (json_is_number(given) && json_number_value(given) == (one ? 1 : 0)) ||
-                       (json_is_array(given) && !json_array_size(given));
-        if (nothing) continue;
-        snprintf(why, sizeof why, "%s is not supported", names[i]);
-        return why;
+/* The options of both kinds of requests, of chats, and of texts; those that never change an answer; and values with
+   which other options change nothing. */
+static const char *const COMMON_OPTIONS[] = {"frequency_penalty",
+                                             "ignore_eos",
+                                             "logit_bias",
+                                             "logprobs",
+                                             "max_completion_tokens",
+                                             "max_tokens",
+                                             "min_p",
+                                             "presence_penalty",
+                                             "repeat_last_n",
+                                             "repeat_penalty",
+                                             "repetition_penalty",
+                                             "response_format",
+                                             "seed",
+                                             "stop",
+                                             "stream",
+                                             "stream_options",
+                                             "temperature",
+                                             "top_k",
+                                             "top_n_sigma",
+                                             "top_p",
+                                             "typical_p",
+                                             NULL};
+static const char *const CHAT_OPTIONS[] = {
+    "chat_template_kwargs", "messages", "parallel_tool_calls", "tool_choice", "tools", "top_logprobs", NULL};
+static const char *const TEXT_OPTIONS[] = {"echo", "prompt", NULL};
+static const char *const HARMLESS_OPTIONS[] = {"cache_prompt",
+                                               "metadata",
+                                               "model",
+                                               "prediction",
+                                               "prompt_cache_key",
+                                               "prompt_cache_retention",
+                                               "request_id",
+                                               "safety_identifier",
+                                               "service_tier",
+                                               "store",
+                                               "user",
+                                               NULL};
+static const char HARMLESS_VALUES[] =
+    "{\"add_generation_prompt\": [true], \"best_of\": [1], \"continue_final_message\": [false], "
+    "\"dry_multiplier\": [0], \"echo\": [false], \"function_call\": [\"auto\", \"none\"], \"functions\": [[]], "
+    "\"include_stop_str_in_output\": [false], \"length_penalty\": [1], \"min_tokens\": [0], \"mirostat\": [0], "
+    "\"modalities\": [[\"text\"]], \"n\": [1], \"n_probs\": [0], \"parallel_tool_calls\": [true, false], "
+    "\"return_progress\": [false], \"skip_special_tokens\": [true], \"spaces_between_special_tokens\": [true], "
+    "\"stop_token_ids\": [[]], \"suffix\": [\"\"], \"timings_per_token\": [false], "
+    "\"tool_choice\": [\"auto\", \"none\"], \"tools\": [[]], \"use_beam_search\": [false], "
+    "\"xtc_probability\": [0]}";
+
+static bool is_one_of(const char *name, const char *const *names) {
+    while (*names && strcmp(name, *names)) names++;
+    return *names;
+}
+
+/* True if the list has this value. The number 1.0 equals 1. */
+static bool has_value(const json_t *list, const json_t *value) {
+    const json_t *one;
+    size_t i;
+    json_array_foreach(list, i, one) {
+        bool numbers = json_is_number(one) && json_is_number(value);
+        if (numbers ? json_number_value(one) == json_number_value(value) : json_equal(one, value)) return true;
     }
+    return false;
+}
+
+/* Refuses options that are not supported, unless their value changes nothing. */
+static const char *refuse_others(const request *r) {
+    static __thread char why[120];
+    json_t *values = json_loads(HARMLESS_VALUES, 0, NULL), *value;
+    const char *name;
+    bool refused = false;
+    if (!values) out_of_memory();
+    json_object_foreach(r->json, name, value) {
+        const json_t *allowed = json_object_get(values, name);
+        if (is_one_of(name, COMMON_OPTIONS) || is_one_of(name, r->is_chat ? CHAT_OPTIONS : TEXT_OPTIONS) ||
+            is_one_of(name, HARMLESS_OPTIONS) || json_is_null(value) || has_value(allowed, value))
+            continue;
+        int n = (int)strlen(name);
+        if (n > 60) /* cut between two characters */
+            for (n = 60; (name[n] & 0xC0) == 0x80;) n--;
+        snprintf(why, sizeof why, "%.*s is not supported%s", n, name, allowed ? " with this value" : "");
+        refused = true;
+        break;
+    }
+    json_decref(values);
+    return refused ? why : NULL;
+}
+
+/* Reads the sampler's settings except the seed and the biases. */
+static const char *read_sampler(request *r) {
+    double temperature = 1, top_p = 1, top_k = 0, min_p = 0, typical_p = 1, sigma = 0, presence = 0, frequency = 0;
+    double repetition = 1, repeat = 1, last = 64;
+    const char *why = read_number(r->json, "temperature", 0, 100, &temperature);
+    if (!why) why = read_number(r->json, "top_p", 0, 1, &top_p);
+    if (!why) why = read_number(r->json, "top_k", -1, 1e6, &top_k);
+    if (!why) why = read_number(r->json, "min_p", 0, 1, &min_p);
+    if (!why) why = read_number(r->json, "typical_p", 0, 1, &typical_p);
+    if (!why) why = read_number(r->json, "top_n_sigma", -1, 1e6, &sigma);
+    if (!why) why = read_number(r->json, "presence_penalty", -2, 2, &presence);
+    if (!why) why = read_number(r->json, "frequency_penalty", -2, 2, &frequency);
+    if (!why) why = read_number(r->json, "repetition_penalty", 0.01, 100, &repetition);
+    if (!why) why = read_number(r->json, "repeat_penalty", 0.01, 100, &repeat);
+    if (!why) why = read_number(r->json, "repeat_last_n", -1, 1 << 24, &last);
+    if (!why && repetition != 1 && repeat != 1) why = "repetition_penalty and repeat_penalty cannot be combined";
+    if (why) return why;
+    r->sampler.temperature = (float)temperature;
+    r->sampler.top_p = top_p > 0 ? (float)top_p : FLT_MIN; /* only the best; 0 would mean all */
+    r->sampler.top_k = top_k > 0 ? (int)top_k : 0;
+    r->sampler.min_p = (float)min_p;
+    r->sampler.typical_p = typical_p > 0 ? (float)typical_p : FLT_MIN;
+    r->sampler.top_n_sigma = sigma > 0 ? (float)sigma : 0;
+    r->sampler.presence_penalty = (float)presence;
+    r->sampler.frequency_penalty = (float)frequency;
+    /* vLLM's penalty looks at the whole text, llama.cpp's at repeat_last_n tokens; there 0 means none and -1 all. */
+    bool whole = repetition != 1 || last < 0;
+    r->sampler.repeat_penalty = (float)(repetition != 1 ? repetition : last ? repeat : 1);
+    r->sampler.repeat_window = whole ? llm_context_n_ctx(r->server->ctx) : (int)last;
+    return NULL;
+}
+
+/* Reads variables of the chat template, like {"enable_thinking": false}. */
+static const char *read_variables(request *r) {
+    const json_t *given = json_object_get(r->json, "chat_template_kwargs");
+    if (!given || json_is_null(given)) return NULL;
+    if (!json_is_object(given)) return "chat_template_kwargs must be an object";
+    r->variables = write_json(given);
     return NULL;
 }
 
 static const char *read_request(request *r, llm_error *err) {
     json_error_t where;
-    double temperature = 1, top_p = 1, top_k = 0, min_p = 0, presence = 0, frequency = 0, most = -1, seed = -1;
+    double most = -1, seed = -1;
     struct timespec now;
     r->json = json_loadb(r->body.at ? r->body.at : "", r->body.n, JSON_REJECT_DUPLICATES, &where);
     if (!json_is_object(r->json)) return "the body is not a JSON object";
     clock_gettime(CLOCK_REALTIME, &now);
-    const json_t *echo = json_object_get(r->json, "echo");
+    const json_t *stream = json_object_get(r->json, "stream_options");
     const char *why = refuse_others(r);
-    if (!why) why = read_number(r->json, "temperature", 0, 100, &temperature);
-    if (!why) why = read_number(r->json, "top_p", 0, 1, &top_p);
-    if (!why) why = read_number(r->json, "top_k", 0, 1e6, &top_k);
-    if (!why) why = read_number(r->json, "min_p", 0, 1, &min_p);
-    if (!why) why = read_number(r->json, "presence_penalty", -2, 2, &presence);
-    if (!why) why = read_number(r->json, "frequency_penalty", -2, 2, &frequency);
+    if (!why) why = read_sampler(r);
     if (!why) why = read_number(r->json, "seed", -9e15, 9e15, &seed);
     if (!why) why = read_number(r->json, "max_tokens", r->is_chat ? 1 : 0, 1e9, &most);
     if (!why) why = read_number(r->json, "max_completion_tokens", 1, 1e9, &most);
-    if (!why && echo && !json_is_null(echo) && (r->is_chat || !json_is_boolean(echo)))
-        why = r->is_chat ? "echo is not supported in a chat" : "echo must be true or false";
+    if (!why) why = read_bool(r->json, "stream", &r->streams);
+    if (!why) why = read_bool(r->json, "echo", &r->echoes);
+    if (!why) why = read_bool(r->json, "ignore_eos", &r->ignores_end);
+    if (!why && stream && !json_is_null(stream) && !json_is_object(stream)) why = "stream_options must be an object";
+    if (!why) why = read_bool(stream, "include_usage", &r->wants_usage);
     if (!why) why = read_stops(r);
     if (!why) why = read_biases(r);
     if (!why) why = read_log_probs(r);
     if (!why) why = read_form(r, err);
+    if (!why) why = read_variables(r);
     if (!why) why = r->is_chat ? read_messages(r, err) : read_prompts(r, err);
     if (why) return why;
-    r->sampler.temperature = (float)temperature;
-    r->sampler.top_p = top_p > 0 ? (float)top_p : FLT_MIN; /* only the best; 0 would mean all */
-    r->sampler.top_k = (int)top_k;
-    r->sampler.min_p = (float)min_p;
-    r->sampler.presence_penalty = (float)presence;
-    r->sampler.frequency_penalty = (float)frequency;
     bool seeded = json_is_number(json_object_get(r->json, "seed"));
     r->sampler.seed = seeded ? (uint64_t)(int64_t)seed : (uint64_t)now.tv_sec * 1000000007u + (uint64_t)now.tv_nsec;
     r->max_tokens = most < 0 ? r->is_chat ? 0 : 16 : (int)most;
-    r->streams = json_is_true(json_object_get(r->json, "stream"));
-    r->wants_usage = json_is_true(json_object_get(json_object_get(r->json, "stream_options"), "include_usage"));
-    r->echoes = json_is_true(echo);
     r->created = now.tv_sec;
     for (int i = 0; i < r->n_prompts; i++) {
         prompt *p = &r->prompts[i];
@@ -981,9 +1163,9 @@ static const char *read_request(request *r, llm_error *err) {
         p->index = i;
         p->sampler = r->sampler;
         if (!seeded) p->sampler.seed += (uint64_t)i;
-        if (p->n_ids <= llm_context_n_ctx(r->server->ctx)) continue;
+        if (p->n_ids <= most_tokens(r)) continue;
         snprintf(err->message, sizeof err->message, "the prompt has %d tokens; the limit is %d", p->n_ids,
-                 llm_context_n_ctx(r->server->ctx));
+                 most_tokens(r));
         return err->message;
     }
     return NULL;
@@ -1029,6 +1211,7 @@ static enum MHD_Result send_metrics(server *s, struct MHD_Connection *c) {
         {"requests_refused_total", "counter", "requests that were invalid or too many", s->n_refused},
         {"requests_failed_total", "counter", "requests that failed after they were accepted", s->n_failed},
         {"requests_hung_up_total", "counter", "clients that hung up before the end", s->n_hung_up},
+        {"chats_shortened_total", "counter", "chats whose oldest turns were left out", s->n_shortened},
         {"requests_running", "gauge", "answers being generated", (uint64_t)s->n_running},
         {"requests_waiting", "gauge", "requests in the queue", (uint64_t)s->n_queued},
         {"prompt_tokens_total", "counter", "tokens of prompts", s->n_prompt},
@@ -1077,11 +1260,8 @@ static enum MHD_Result accept_request(request *r) {
     pthread_mutex_lock(&s->lock);
     int code = s->n_signals ? 503 : s->n_queued + s->n_running >= s->opt.queue + s->opt.parallel ? 429 : 0;
     if (!code) {
-        request **last = &s->queue;
-        while (*last) last = &(*last)->next;
-        *last = r;
+        put_in_queue(s, r);
         r->accepted = true;
-        s->n_queued++;
         s->n_live++;
         snprintf(r->id, sizeof r->id, "%s-%llx-%llu", r->is_chat ? "chatcmpl" : "cmpl", (unsigned long long)r->created,
                  (unsigned long long)++s->n_ids);
@@ -1238,6 +1418,11 @@ int main(int argc, char **argv) {
         desc.n_ctx = trained < 4096 ? trained : 4096;
     }
     if (ready && !desc.n_cache) desc.n_cache = desc.n_ctx * s.opt.parallel;
+    if (ready && s.opt.keep_free >= desc.n_ctx) {
+        snprintf(err.message, sizeof err.message, "--keep-free %d leaves no room in a context of %d tokens",
+                 s.opt.keep_free, desc.n_ctx);
+        ready = false;
+    }
     ready = ready && !llm_context_create(&s.ctx, s.model, &desc, &err) && (daemon = listen_on(&s, &err)) &&
             !pthread_create(&thread, NULL, wait_for_signals, &s);
     if (ready) {

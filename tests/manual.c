@@ -26,16 +26,24 @@ static llm_context *create(const llm_model *model, int n_seq, int n_logits) {
     return ctx;
 }
 
+/* Seven turns do not fit in the context together. */
 static void try_chat(const llm_model *model) {
+    static const char *const questions[] = {
+        "What is the capital of France?",
+        "And of Italy? This is a long question: I want to know its name, how many people live there, what it is famous "
+        "for, since when it has been the capital, which river flows through it, how warm it is there in the summer, "
+        "and what a visitor should see in a single day without a car, on foot or by bicycle, if it does not rain."};
+    enum { TURNS = 7 };
+    static char answers[TURNS][4096];
     llm_context *ctx = create(model, 1, 1);
-    llm_message messages[4] = {{"user", "What is the capital of France?"}};
-    char first[4096], second[4096];
-    int n = 1;
+    llm_message messages[2 * TURNS];
     llm_error err = {LLM_OK, "the answer is wrong"};
-    check(!chat(ctx, messages, &n, first, &err) && strstr(first, "Paris"), "a chat", &err);
-    messages[n].role = "user";
-    messages[n++].content = "And of Italy?";
-    check(!chat(ctx, messages, &n, second, &err) && *second && n == 4, "a second turn", &err);
+    for (int turn = 0, n = 0; turn < TURNS; turn++) {
+        messages[n].role = "user";
+        messages[n++].content = questions[turn > 0];
+        bool answered = !chat(ctx, messages, &n, answers[turn], &err) && *answers[turn] && n == 2 * turn + 2;
+        check(answered && (turn || strstr(answers[0], "Paris")), "a chat", &err);
+    }
     llm_context_free(ctx);
 }
 

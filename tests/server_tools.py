@@ -86,7 +86,7 @@ def both(body, content=None):
 
 
 def refuses(words, body, path="/v1/chat/completions"):
-    code, text = post({"messages": QUESTION} | body, path)
+    code, text = post(({} if "prompt" in body else {"messages": QUESTION}) | body, path)
     error = json.loads(text).get("error", {})
     assert code == 400 and error["type"] == "invalid_request_error" and words in error["message"], text
 

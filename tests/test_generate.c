@@ -224,16 +224,28 @@ static void test_two_sequences(void **state) {
     close_context(ctx);
 }
 
+/* Writes messages as JSON. What looks like a message inside another one is none. */
+static void write_messages(char *to, size_t room, const llm_message *messages, int n) {
+    static const char more[] = "\"more\": [{\"role\": \"user\"}, \"]}, {\\\"role\\\": \\\"user\\\"\", {}]";
+    size_t at = (size_t)snprintf(to, room, " [");
+    for (int i = 0; i < n; i++)
+        at += (size_t)snprintf(to + at, room - at, "%s{\"content\": \"%s\", %s, \"r\\u006fle\": \"%s\"}\n ",
+                               i ? "," : "", messages[i].content, more, messages[i].role);
+    at += (size_t)snprintf(to + at, room - at, "]\n");
+    assert_true(at < room);
+}
+
 /* A conversation outgrows the sequence. The oldest turns are dropped, but never the system message or the last turn.
    Several are dropped at once, so that most turns continue where the previous one ended. */
-static void test_oldest_turns(void **state) {
+static void outgrow(bool json) {
     enum { TURNS = 30 };
+    static char text[20000];
     llm_context *ctx = open_tiny(256, 1),
                 *other = create_context(llm_context_model(ctx), &(llm_context_desc){.n_ctx = 256, .n_threads = 1});
     static char contents[2 * TURNS + 2][40];
     llm_message messages[2 * TURNS + 2] = {{"system", "Be brief."}};
     int left_out = 0, n_changes = 0, n_messages = 1, n_before = 0;
-    (void)state;
+    const llm_chat_desc chat = {.messages_json = text, .open_answer = true};
     for (int turn = 0; turn < TURNS; turn++) {
         answer *a = (answer *)calloc(1, sizeof *a), *b;
         assert_non_null(a);
@@ -241,6 +253,8 @@ static void test_oldest_turns(void **state) {
         messages[n_messages] = (llm_message){"user", contents[n_messages]};
         n_messages++;
         llm_generate_desc desc = {.messages = messages, .n_messages = n_messages, .max_tokens = 5, .ignore_end = true};
+        if (json) desc = (llm_generate_desc){.chat = &chat, .max_tokens = 5, .ignore_end = true};
+        write_messages(text, sizeof text, messages, n_messages);
         desc.keep_free = 20;
         run(ctx, desc, a);
         assert_true(a->stats.n_prompt <= 236);
@@ -266,6 +280,8 @@ static void test_oldest_turns(void **state) {
     assert_true(n_changes > 1 && n_changes < 20);
     llm_error err;
     llm_generate_desc desc = {.messages = messages, .n_messages = n_messages - 1, .max_tokens = 1};
+    write_messages(text, sizeof text, messages, n_messages - 1);
+    if (json) desc = (llm_generate_desc){.chat = &chat, .max_tokens = 1};
     assert_int_equal(llm_generate(ctx, &desc, NULL, &err), LLM_ERROR_CONTEXT_FULL);
     desc.keep_free = 246;
     assert_int_equal(llm_generate(ctx, &desc, NULL, &err), LLM_ERROR_CONTEXT_FULL);
@@ -275,6 +291,46 @@ static void test_oldest_turns(void **state) {
     desc = (llm_generate_desc){.prompt = "a", .keep_free = 1};
     assert_int_equal(llm_generate(ctx, &desc, NULL, &err), LLM_ERROR_ARGUMENT);
     llm_context_free(other);
+    close_context(ctx);
+}
+
+static void test_oldest_turns(void **state) {
+    (void)state;
+    outgrow(false);
+    outgrow(true);
+}
+
+/* A list that is wrong gives the same error, and of two turns the first is left out. */
+static void test_oldest_turns_of_json(void **state) {
+    static const char *const bad[] = {"", "[", "{}", "[]", "[1]", "[{}]", "[{\"role\": 1}]", "[{\"role\": \"user\"},]"};
+    llm_context *ctx = open_tiny(128, 1);
+    llm_chat_desc chat = {.open_answer = true};
+    llm_generate_desc desc = {.chat = &chat, .max_tokens = 1, .keep_free = 10};
+    char text[400];
+    llm_error err;
+    llm_stats stats;
+    (void)state;
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        llm_status plain, status;
+        chat.messages_json = bad[i];
+        desc.keep_free = 0;
+        plain = llm_generate(ctx, &desc, NULL, &err);
+        desc.keep_free = 10;
+        status = llm_generate(ctx, &desc, NULL, &err);
+        if (status != plain || (!status && strcmp(bad[i], "[]"))) fail_msg("%s: %s", bad[i], err.message);
+    }
+    for (int n = 1; n < 128; n += 7) {
+        snprintf(text, sizeof text,
+                 "[{\"role\":\"user\",\"content\":\"%0*d\"},{\"role\":\"assistant\",\"content\":\"\"},"
+                 "{\"role\":\"user\",\"content\":\"%0*d\"}]",
+                 100, 0, n, 0);
+        chat.messages_json = text;
+        llm_status status = llm_generate(ctx, &desc, &stats, &err);
+        if (status == LLM_ERROR_CONTEXT_FULL && n > 50) break;
+        if (status) fail_msg("%s", err.message);
+        assert_int_equal(stats.n_left_out, 2);
+        assert_true(stats.n_prompt <= 118);
+    }
     close_context(ctx);
 }
 
@@ -866,6 +922,7 @@ int main(void) {
                                        cmocka_unit_test(test_continue),
                                        cmocka_unit_test(test_two_sequences),
                                        cmocka_unit_test(test_oldest_turns),
+                                       cmocka_unit_test(test_oldest_turns_of_json),
                                        cmocka_unit_test(test_characters),
                                        cmocka_unit_test(test_stop_strings),
                                        cmocka_unit_test(test_waiting_text),

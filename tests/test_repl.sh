@@ -186,7 +186,16 @@ cat "$tmp/chat" "$tmp/chat" >"$tmp/twice"
 check "/reset starts over" same "$tmp/twice" "$out"
 input=$hello$long'\n'$question run --temp 0 -n 12 --ctx 200
 check "a line that does not fit leaves the chat unchanged" same "$tmp/chat" "$out"
-check "a line that does not fit suggests /reset" err_has "/reset"
+check "a line that does not fit suggests --ctx" err_has "increase --ctx"
+questions=$(printf "${question%??}"'\\n%.0s' $(seq 12))
+input=$hello$questions run --temp 0 -n 12 --ctx 160
+check "a chat goes on when the context is full" both code_is 0 err_lines_are 1
+check "it says once that the oldest turns are left out" [ "$(grep -c "oldest turns" "$err")" -eq 1 ]
+check "and still answers every line" [ "$(grep -c . "$out")" -ge 13 ]
+input=$hello$questions/reset'\n'$hello$questions run --temp 0 -n 12 --ctx 160
+check "after /reset it says so again" [ "$(grep -c "oldest turns" "$err")" -eq 2 ]
+input="Repeat the word tree.$(printf ' tree%.0s' $(seq 140))\n" run --temp 0 -n 100 --ctx 200
+check "a line that leaves less than a quarter of the context is answered" both code_is 0 err_has "200 positions"
 input=$hello'/stats\n' run -n 4
 check "/stats prints the figures" err_has "generated 4, .* tok/s"
 

@@ -126,8 +126,50 @@ check "both in one stream" streamed
 post $text '{"prompt":"a a a a a a a a","temperature":0,"max_tokens":8}'
 cp "$out" "$tmp/repeated"
 post $text '{"prompt":"a a a a a a a a","temperature":0,"max_tokens":8,"frequency_penalty":2,"presence_penalty":2}'
-differs() { ! python3 -c 'import json, sys; a, b = (json.load(open(x))["choices"][0]["text"] for x in sys.argv[1:]); sys.exit(a != b)' "$out" "$tmp/repeated"; }
+cmp_text() { python3 -c 'import json, sys; a, b = (json.load(open(x))["choices"][0]["text"] for x in sys.argv[1:]); sys.exit(a != b)' "$out" "$1"; }
+differs() { ! cmp_text "$tmp/repeated"; }
 check "penalties change the answer" differs
+
+# Options of other servers.
+post $text '{"prompt":"a a a a a a a a","temperature":0,"max_tokens":8,"repetition_penalty":5}'
+check "repetition_penalty changes the answer" differs
+cp "$out" "$tmp/penalty"
+post $text '{"prompt":"a a a a a a a a","temperature":0,"max_tokens":8,"repeat_penalty":5}'
+check "repeat_penalty, too" eval 'differs && cmp_text "$tmp/penalty"'
+post $text '{"prompt":"a a a a a a a a","temperature":0,"max_tokens":8,"repeat_penalty":5,"repeat_last_n":0}'
+check "but not with repeat_last_n 0" cmp_text "$tmp/repeated"
+check "both are refused" refuses 400 combined $text '{"prompt":"a","repetition_penalty":2,"repeat_penalty":2}'
+for rule in '"top_k":1' '"min_p":1' '"top_p":0' '"typical_p":0,"top_k":1' '"top_n_sigma":0.001'; do
+    post $text "{\"prompt\":\"a a a a a a a a\",\"temperature\":2,\"max_tokens\":8,$rule}"
+    check "$rule gives the most likely text" cmp_text "$tmp/repeated"
+done
+post $text '{"prompt":"a a a a","top_k":-1,"top_n_sigma":-1,"typical_p":1,"max_tokens":1}'
+check "the values that switch rules off work" test "$code" = 200
+ends='"messages":[{"role":"user","content":"Say only the word Yes."}],"temperature":0,"max_tokens":150'
+post $chat "{$ends}"
+check "an answer ends before max_tokens" out_has '"finish_reason":"stop"'
+post $chat "{$ends,\"ignore_eos\":true}"
+check "with ignore_eos it does not" out_has '"completion_tokens":150'
+post $chat "{$question}"
+prompt_tokens=$(grep -o '"prompt_tokens":[0-9]*' "$out")
+post $chat "{$question,\"chat_template_kwargs\":{\"add_generation_prompt\":false}}"
+check "chat_template_kwargs reach the template" eval 'test "$code" = 200 && ! out_has "$prompt_tokens" >"$tmp/shown"'
+check "refuses other chat_template_kwargs" refuses 400 chat_template_kwargs $chat "{$question,\"chat_template_kwargs\":[1]}"
+check "refuses them for a text" refuses 400 chat_template_kwargs $text '{"prompt":"a","chat_template_kwargs":{}}'
+harmless='"model":"x","user":"x","store":true,"metadata":{"a":"b"},"service_tier":"auto","safety_identifier":"x","prompt_cache_key":"x","prompt_cache_retention":"24h","prediction":{"type":"content","content":"x"},"cache_prompt":true,"n":1,"modalities":["text"],"functions":[],"function_call":"auto","echo":false,"reasoning_effort":null,"stop_token_ids":[],"min_tokens":0,"length_penalty":1.0,"skip_special_tokens":true,"logit_bias":{},"tools":[],"stream":false'
+post $chat "{$question,\"temperature\":0,$harmless}"
+check "options that change nothing are accepted" out_has "$whole"
+for other in '"reasoning_effort":"high"' '"min_tokens":5' '"guided_json":{"type":"object"}' '"grammar":"root ::= \"a\""' '"length_penalty":2' '"temprature":0' '"skip_special_tokens":false' '"verbosity":"low"' '"web_search_options":{}' '"functions":[{"name":"a"}]' '"modalities":["audio"]' '"suffix":"x"' '"prompt":"x"' '"xtc_probability":0.5'; do
+    name=${other#?}
+    check "refuses $other" refuses 400 "${name%%\"*} is not supported" $chat "{$question,$other}"
+done
+check "refuses a long name" refuses 400 "$(yes é | head -n 30 | tr -d '\n') is not supported" $chat "{$question,\"$(yes é | head -n 300 | tr -d '\n')\":1}"
+check "cuts it between characters" refuses 400 "a$(yes é | head -n 29 | tr -d '\n') is not supported" $chat "{$question,\"a$(yes é | head -n 300 | tr -d '\n')\":1}"
+check "refuses messages for a text" refuses 400 "messages is not" $text "{$question,\"prompt\":\"a\"}"
+check "refuses a wrong stream" refuses 400 "stream must" $chat "{$question,\"stream\":\"yes\"}"
+check "refuses wrong stream_options" refuses 400 stream_options $chat "{$question,\"stream\":true,\"stream_options\":[]}"
+check "refuses a wrong include_usage" refuses 400 include_usage $chat "{$question,\"stream\":true,\"stream_options\":{\"include_usage\":1}}"
+check "refuses a wrong ignore_eos" refuses 400 ignore_eos $chat "{$question,\"ignore_eos\":1}"
 
 check "refuses a body that is not JSON" refuses 400 JSON $chat '{"messages":'
 check "refuses an empty list of messages" refuses 400 messages $chat '{"messages":[]}'
@@ -165,31 +207,97 @@ type=
 check "refuses another address" refuses 404 address /v1/embeddings '{}'
 check "refuses another method" refuses 405 POST $chat '{}' -X PUT
 
-# Two requests run and one waits, so the fourth is refused. Clients that hang up free their places, streaming or not.
-for streams in true false true; do
-    curl -sN -o /dev/null -H 'Content-Type: application/json' -d "{$long,\"stream\":$streams}" "$url$chat" &
-    users="$users $!"
-done
+# Two requests run and one waits, so the fourth is refused. Clients that hang up free their places, streaming or not,
+# also while they wait.
+ask() { # ask BODY: in the background, sets $user
+    curl -sN -o "$tmp/last" -H 'Content-Type: application/json' -d "$1" "$url$chat" &
+    user=$!
+    users="$users $user"
+}
+users=
+ask "{$long,\"stream\":true}"
+ask "{$long,\"stream\":false}"
 check "two are answered" wait_until metric_is requests_running 2
-check "one waits" wait_until metric_is requests_waiting 1
-check "one more is refused" refuses 429 many $chat "{$question}"
-kill $users
+for streams in true false true; do
+    ask "{$long,\"stream\":$streams}"
+    check "one waits, stream: $streams" wait_until metric_is requests_waiting 1
+    check "one more is refused" refuses 429 many $chat "{$question}"
+    [ "$streams$((hung_up += 1))" = true3 ] && break
+    kill $user
+    check "if it hangs up, it leaves the queue" wait_until metric_is requests_waiting 0
+    check "while the others are answered" metric_is requests_running 2
+done
+kill $users 2>/dev/null # some are dead
 check "clients that hang up free their places" wait_until metric_is requests_running 0
 check "and leave the queue" metric_is requests_waiting 0
-check "and are counted" metric_is requests_hung_up_total 3
+check "and are counted" metric_is requests_hung_up_total 5
 post $chat "{$question,\"temperature\":0}"
 check "the next answer is the usual one" out_has "$whole"
 
-# Shutdown completes a running answer.
+# Shutdown completes a running answer and refuses new requests.
 curl -sN -o "$tmp/last" -H 'Content-Type: application/json' -d "{${question%,*},\"max_tokens\":300,\"stream\":true}" "$url$chat" &
 user=$!
 wait_until metric_is requests_running 1
 kill -TERM $pid
+check "after SIGTERM new requests are refused" wait_until refuses 503 "shutting down" $text '{"prompt":"a","max_tokens":1}'
 wait $user
-check "after SIGTERM a running answer is completed" grep -q DONE "$tmp/last"
+check "a running answer is completed" grep -q DONE "$tmp/last"
 wait $pid
 check "and then the server exits with 0" test $? -eq 0
 pid=
+
+check "starts again" start
+# Requests take turns: one prompt does not wait for all the prompts of an earlier request.
+curl -s -o "$tmp/many" -H 'Content-Type: application/json' \
+    -d "{\"prompt\":[$(yes '[504,253,216],' | head -n 400 | tr -d '\n')[5]],\"max_tokens\":40,\"ignore_eos\":true}" "$url$text" &
+user=$!
+wait_until metric_is requests_running 8
+post $chat "{$question,\"temperature\":0}"
+check "a request is answered before an earlier one with many prompts" eval 'out_has "$whole" && metric_is requests_waiting 1 && [ ! -s "$tmp/many" ]'
+kill $user
+wait_until metric_is requests_running 0
+
+# A second SIGTERM ends the program.
+: >"$tmp/last"
+curl -sN -o "$tmp/last" -H 'Content-Type: application/json' -d "{$long,\"ignore_eos\":true,\"stream\":true}" "$url$chat" &
+user=$!
+wait_until grep -q content "$tmp/last"
+kill -TERM $pid
+wait_until refuses 503 "shutting down" $text '{"prompt":"a","max_tokens":1}'
+kill -TERM $pid
+wait $pid
+check "a second SIGTERM ends the server at once" test $? -eq 1
+pid=
+wait $user
+check "in the middle of an answer" eval '! grep -q DONE "$tmp/last"'
+
+# A chat that is longer than the context.
+turns() { for i in $(seq "$1"); do printf '{"role":"user","content":"%s, what do you think of the number?"},{"role":"assistant","content":"I like it."},' "$i"; done; }
+talk='"messages":[{"role":"system","content":"Be brief."},%s{"role":"user","content":"%s"}],"max_tokens":10,"temperature":0'
+short=$(printf "$talk" "" "What is the capital of France?")
+long_chat=$(printf "$talk" "$(turns 60)" "What is the capital of France?")
+check "starts with --ctx" start --ctx 256
+check "refuses a long chat" refuses 400 256 $chat "{$long_chat}"
+kill $pid
+wait $pid
+check "starts with --keep-free" start --ctx 256 --keep-free 50
+post $chat "{$short}"
+cp "$out" "$tmp/short"
+check "leaves nothing out of a short chat" metric_is chats_shortened_total 0
+post $chat "{$long_chat}"
+check "answers a long chat" test "$code" = 200
+check "with a prompt that leaves the room" python3 -c 'import json, sys; n, short = (json.load(open(x))["usage"]["prompt_tokens"] for x in sys.argv[1:]); assert short < n <= 206, n' "$out" "$tmp/short"
+check "and counts it" metric_is chats_shortened_total 1
+post $chat "{$long_chat,\"stream\":true}"
+check "also in a stream" out_has "data: [DONE]"
+check "refuses a last turn that is too long" refuses 400 "the limit is 206" $chat "{$(printf "$talk" "$(turns 3)" "$(yes word | head -n 220 | tr '\n' ' ')")}"
+post $chat "{\"messages\":[$(turns 60)$(turns 1 | sed 's/,{"role":"assistant".*//')],\"max_tokens\":3}"
+check "answers a long chat without a system message" test "$code" = 200
+post $text "{\"prompt\":[$(yes 5, | head -n 250 | tr -d '\n')5],\"max_tokens\":1}"
+check "a text may use the whole context" test "$code" = 200
+kill $pid
+wait $pid
+check "explains a --keep-free that is too large" eval '! "$server" -m "$model" --ctx 256 --keep-free 256 2>"$out" && out_has keep-free'
 
 check "starts with a key" start --key secret
 post $chat "{$question}"
