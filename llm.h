@@ -93,7 +93,8 @@
 
         CPU logits are the same bits on every instruction set, with every compiler and its flags, and for any number of
         threads and ranks. They do not depend on the other tokens in the batch, on how a prompt was cut into passes, or
-        on whether a prefix was computed or came from a fork or a saved cache. See section 12.
+        on whether a prefix was computed or came from a fork or a saved cache. Only after a shift, for which the host
+        must ask, do they depend on what was removed. See section 12.
 
     RECIPES
 
@@ -322,7 +323,9 @@
         Chat templates: the part of Jinja that published templates use. A template that needs more is refused, and the
         message names it. Tool calls in other forms than those of llm_tool_calls_read stay text.
         JSON Schema: the keywords under Grammars. A schema with another keyword is refused, and the message names it.
-        A full sequence cannot be shifted: after old messages were left out (keep_free), the others are computed again.
+        Full sequences: after old messages were left out (keep_free), the others are computed again, or on the CPU, if
+        the host wishes (shift), moved; then the results are not those of the shorter text. A text that fills its
+        sequence ends.
 
     COMPILE-TIME OPTIONS, defined before the include
 
@@ -930,6 +933,13 @@ typedef struct llm_generate_desc {
        needed. LLM_ERROR_CONTEXT_FULL if the last turn alone is too long. */
     int keep_free;
 
+    /* With keep_free: if the sequence holds the turns that stay behind those that are left out, they are not computed
+       again, but moved by llm_seq_shift, which says how the results differ. If they are fewer than LLM_CACHE_BLOCK / 2
+       tokens, or if the cache has no room for copies of blocks that a fork shares, they are computed as without
+       `shift`. With or without keep_free: only if this is true is reused what was shifted before. llm_stats.n_reused
+       counts it. seq must not be LLM_SEQ_ANY, because what the library keeps for all must not depend on one text. */
+    bool shift;
+
     int seq;                         /* the sequence to use, or LLM_SEQ_ANY */
     int max_tokens;                  /* 0 or less: until the model ends or there is no more room */
     llm_sampler *sampler;            /* NULL: greedy                                                              */
@@ -1067,6 +1077,18 @@ LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_e
 /* Replaces `seq` by the first `length` tokens of `parent`. Both then share the cache of these tokens; only later ones
    are stored separately. The parent may be continued, truncated or replaced. */
 LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int length, llm_error *err);
+
+/* Removes the n tokens from position `begin` on, and moves all later ones n positions towards the beginning: their keys
+   are rotated to the new positions, their values stay. That costs little, but it is not what computing the shorter text
+   would give. Above the first layer, keys and values keep what they knew of the removed tokens, and each shift rounds
+   the keys of a bf16 or int8 cache once more. The results are the same bits on every machine, and usually good enough
+   to go on with if the first tokens of the text stay, which models need.
+   What was moved is marked, and so is what is computed after it. Functions that look for the beginning of a prompt in
+   the cache do not use it, except with llm_generate_desc.shift; nor is it ever used for another sequence, except by
+   llm_seq_fork and llm_seq_restore. Forks of this sequence do not change: blocks that they share are copied first. If
+   there is no room for the copies, nothing changes, and the result is LLM_ERROR_CONTEXT_FULL. The GPU backend returns
+   LLM_ERROR_UNSUPPORTED. */
+LLM_API llm_status llm_seq_shift(llm_context *ctx, int seq, int begin, int n, llm_error *err);
 
 /* A sequence's cache as bytes, for llm_seq_restore into a context of the same model, backend and cache type. The format
    may change with the version. A buffer smaller than llm_seq_save_size is an error. */
@@ -1612,6 +1634,9 @@ struct llm_backend {
     /* May be NULL. The device goes on with the next tokens while the host handles one, so it never waits for the
        host. */
     llm_status (*burst)(void *context, const llm_backend_burst *burst, llm_error *err);
+    /* May be NULL. Moves n positions of a sequence from `from` on to the earlier `to`, and rotates their keys to the
+       new positions. `blocks` is the sequence's table; no other sequence holds a block that is written. */
+    llm_status (*shift)(void *context, const int *blocks, int to, int from, int n, llm_error *err);
 };
 
 #ifdef __cplusplus
@@ -16386,6 +16411,7 @@ typedef struct llm__cache {
     int *n_lent;       /* [n_blocks] max positions that a copy still has from this one  */
     int *tables;       /* [n_seq][blocks_per_seq] block numbers                         */
     int *lengths;      /* [n_seq] in positions                                          */
+    int *n_exact;      /* [n_seq] positions before the first that a shift moved; n_ctx: there is none */
     llm_token *tokens; /* [n_seq][n_ctx]                                                */
 } llm__cache;
 
@@ -16403,9 +16429,11 @@ static void llm__cache_create(llm__env *env, llm__cache *cache, int n_seq, int n
     cache->n_lent = (int *)llm__alloc_zero(env, (size_t)n_blocks, sizeof(int));
     cache->tables = (int *)llm__alloc_zero(env, (size_t)n_seq * (size_t)cache->blocks_per_seq, sizeof(int));
     cache->lengths = (int *)llm__alloc_zero(env, (size_t)n_seq, sizeof(int));
+    cache->n_exact = (int *)llm__alloc(env, (size_t)n_seq, sizeof(int));
     cache->tokens = (llm_token *)llm__alloc(env, (size_t)n_seq * (size_t)n_ctx, sizeof(llm_token));
     for (int i = 0; i < n_blocks; i++)
         cache->free_blocks[i] = n_blocks - 1 - i; /* blocks are taken in ascending order */
+    for (int i = 0; i < n_seq; i++) cache->n_exact[i] = n_ctx;
 }
 
 static int *llm__cache_table(const llm__cache *cache, int seq) {
@@ -16458,6 +16486,7 @@ static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
     for (int i = llm__cache_blocks_for(length); i < llm__cache_blocks_for(cache->lengths[seq]); i++)
         llm__cache_drop(cache, table[i]);
     cache->lengths[seq] = length;
+    if (length <= cache->n_exact[seq]) cache->n_exact[seq] = cache->n_ctx;
     int own = place ? table[last] : 0, origin = place ? cache->origins[own] : -1;
     if (origin < 0 || place > cache->n_copied[own]) return;
     table[last] = origin;
@@ -16465,18 +16494,23 @@ static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
     llm__cache_drop(cache, own);
 }
 
-/* Replaces a shared last block by a new one for this sequence alone. Returns the shared block, which the caller must
-   copy into the new one, or -1 if the last block is not shared. */
-static int llm__cache_unshare(llm__cache *cache, int seq) {
-    if (!llm__cache_must_copy(cache, seq)) return -1;
-    int n = cache->lengths[seq] % LLM_CACHE_BLOCK;
-    int *place = &llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_CACHE_BLOCK], shared = *place;
+/* Replaces a shared block of a sequence's table by a new one for this sequence alone, of which only the first n
+   positions will not change. Returns the shared block, which the caller must copy into the new one. */
+static int llm__cache_replace(llm__cache *cache, int seq, int i, int n) {
+    int *place = &llm__cache_table(cache, seq)[i], shared = *place;
     *place = llm__cache_take(cache);
     cache->origins[*place] = shared;
     cache->n_copied[*place] = n;
     if (cache->n_lent[shared] < n) cache->n_lent[shared] = n;
     llm__cache_drop(cache, shared);
     return shared;
+}
+
+/* Before a sequence grows: the same for its last block. -1 if that is not shared. */
+static int llm__cache_unshare(llm__cache *cache, int seq) {
+    int length = cache->lengths[seq];
+    if (!llm__cache_must_copy(cache, seq)) return -1;
+    return llm__cache_replace(cache, seq, length / LLM_CACHE_BLOCK, length % LLM_CACHE_BLOCK);
 }
 
 /* Appends one token. No other sequence holds the last block, and the caller has checked that there is room. */
@@ -16496,6 +16530,24 @@ static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) 
     }
     memcpy(llm__cache_tokens(cache, seq), llm__cache_tokens(cache, parent), (size_t)length * sizeof(llm_token));
     cache->lengths[seq] = length;
+    if (length > cache->n_exact[parent]) cache->n_exact[seq] = cache->n_exact[parent];
+}
+
+/* The shared blocks that a sequence must copy before its positions from `begin` to `end` - 1 change. */
+static int llm__cache_shared(const llm__cache *cache, int seq, int begin, int end) {
+    int n = 0;
+    for (int i = begin / LLM_CACHE_BLOCK; i < llm__cache_blocks_for(end); i++)
+        n += cache->n_users[llm__cache_table(cache, seq)[i]] > 1;
+    return n;
+}
+
+/* Records that the n positions from `begin` on were removed, and the later ones moved. */
+static void llm__cache_shift(llm__cache *cache, int seq, int begin, int n) {
+    llm_token *tokens = llm__cache_tokens(cache, seq) + begin;
+    int length = cache->lengths[seq] - n;
+    memmove(tokens, tokens + n, (size_t)(length - begin) * sizeof *tokens);
+    if (begin < cache->n_exact[seq]) cache->n_exact[seq] = begin;
+    llm__cache_truncate(cache, seq, length);
 }
 
 /* ==== 17 Forward pass ===========================================================================================
@@ -17795,6 +17847,65 @@ static llm_status llm__cpu_write_block(void *context, int block, const void *byt
     return LLM_OK;
 }
 
+typedef struct llm__cache_move {
+    const llm__cpu_context *c;
+    const int *blocks;
+    int to, from, n;
+} llm__cache_move;
+
+/* Copies one head's value, with its scale. */
+static void llm__cache_move_value(const llm__cpu_context *c, uint8_t *to, int to_place, uint8_t *from, int from_place) {
+    const llm__weight_type kind = c->cache_kind;
+    const size_t bytes = kind == LLM__W_INT8   ? 1
+                         : kind == LLM__W_BF16 ? 2
+                                               : 4,
+                 tile = llm__matrix_tile_bytes(kind, LLM_CACHE_BLOCK),
+                 to_index = llm__matrix_tile_index(kind, 0, (size_t)to_place, LLM_CACHE_BLOCK),
+                 from_index = llm__matrix_tile_index(kind, 0, (size_t)from_place, LLM_CACHE_BLOCK),
+                 step = kind == LLM__W_BF16 ? 2 : 1;
+    for (size_t d = 0; d < (size_t)c->model->shape.head_dim; d++) {
+        size_t at = d / 16 * tile + d % 16 * step * bytes;
+        memcpy(to + at + to_index * bytes, from + at + from_index * bytes, bytes);
+    }
+    if (kind == LLM__W_INT8) llm__cache_value_scales(c, to)[to_place] = llm__cache_value_scales(c, from)[from_place];
+}
+
+/* All heads of all layers, each from the first position to the last, so that a position is read before another one
+   replaces it. */
+static void llm__cache_move_task(void *arg, int index) {
+    const llm__cache_move *m = (const llm__cache_move *)arg;
+    const llm__cpu_context *c = m->c;
+    const llm_backend_shape *s = &c->model->shape;
+    llm__team_worker worker = {c->team, index, 0, 0}, *w = &worker;
+    llm__matrix keys = llm__matrix_init(c->cache_kind, LLM_CACHE_BLOCK, s->head_dim);
+    float key[LLM__MOST_HEAD];
+    for (int piece; (piece = llm__team_take(w, s->n_layers * s->n_kv_heads)) >= 0;) {
+        int layer = piece / s->n_kv_heads, head = piece % s->n_kv_heads;
+        for (int i = 0; i < m->n; i++) {
+            int to = m->blocks[(m->to + i) / LLM_CACHE_BLOCK], to_place = (m->to + i) % LLM_CACHE_BLOCK,
+                from = m->blocks[(m->from + i) / LLM_CACHE_BLOCK], from_place = (m->from + i) % LLM_CACHE_BLOCK;
+            keys.data = llm__cache_block(c, layer, 0, head, from);
+            llm__matrix_get_row(&keys, (size_t)from_place, key);
+            c->model->kernels->rope(key, c->cosines, c->sines, s->rope_dim / 2);
+            llm__cache_store(c, layer, 0, head, to, to_place, key);
+            llm__cache_move_value(c, llm__cache_block(c, layer, 1, head, to), to_place,
+                                  llm__cache_block(c, layer, 1, head, from), from_place);
+        }
+    }
+}
+
+/* A rotation by the angle between the two positions, which all keys share. The keys already have RoPE's scale. */
+static llm_status llm__cpu_shift(void *context, const int *blocks, int to, int from, int n, llm_error *err) {
+    llm__cpu_context *c = (llm__cpu_context *)context;
+    const llm_backend_shape *s = &c->model->shape;
+    llm__cache_move move = {c, blocks, to, from, n};
+    (void)err;
+    for (int i = 0; i < s->rope_dim / 2; i++)
+        llm__math_sincos((to - from) * s->rope_frequencies[i], &c->sines[i], &c->cosines[i]);
+    llm__team_run(c->team, llm__cache_move_task, &move);
+    return LLM_OK;
+}
+
 LLM__SMALL_BEGIN
 
 typedef struct llm__cpu_sizes {
@@ -18094,6 +18205,7 @@ static const llm_backend llm__cpu_backend = {
     llm__cpu_measure_bandwidth,
     llm__cpu_measure_flops,
     NULL,
+    llm__cpu_shift,
 };
 
 /* ==== 19 Models =================================================================================================
@@ -20860,11 +20972,13 @@ static llm_status llm__ctx_claim_seq(llm_context *ctx, int seq, llm_error *err) 
     return LLM_OK;
 }
 
-/* The length of the longest common prefix of a sequence and n tokens. */
-static int llm__seq_common(const llm_context *ctx, int seq, const llm_token *ids, int n) {
+/* The length of the longest common prefix of a sequence and n tokens. If not `shifted`, it ends at the first position
+   that a shift moved. */
+static int llm__seq_common(const llm_context *ctx, int seq, const llm_token *ids, int n, bool shifted) {
     const llm_token *own = llm__cache_tokens(&ctx->cache, seq);
     int same = 0;
     if (ctx->cache.lengths[seq] < n) n = ctx->cache.lengths[seq];
+    if (ctx->cache.n_exact[seq] < n && !shifted) n = ctx->cache.n_exact[seq];
     while (same < n && own[same] == ids[same]) same++;
     return same;
 }
@@ -20874,11 +20988,11 @@ static int llm__seq_common(const llm_context *ctx, int seq, const llm_token *ids
 enum { LLM__SEQ_WORTH_SHARING = LLM_CACHE_BLOCK / 2 };
 
 /* Makes a sequence hold the longest prefix of n tokens that is in any sequence, by truncating or forking. Returns the
-   length. *own: the length that this sequence itself had. */
-static int llm__seq_start(llm_context *ctx, int seq, const llm_token *ids, int n, int *own) {
-    int parent = seq, best = *own = llm__seq_common(ctx, seq, ids, n), least = best + LLM__SEQ_WORTH_SHARING;
+   length. *own: the length that this sequence itself had. `shifted`: what a shift has moved in it may be used. */
+static int llm__seq_start(llm_context *ctx, int seq, const llm_token *ids, int n, bool shifted, int *own) {
+    int parent = seq, best = *own = llm__seq_common(ctx, seq, ids, n, shifted), least = best + LLM__SEQ_WORTH_SHARING;
     for (int other = 0; other < ctx->desc.n_seq; other++) {
-        int same = other == seq ? 0 : llm__seq_common(ctx, other, ids, n);
+        int same = other == seq ? 0 : llm__seq_common(ctx, other, ids, n, false);
         if (same < least || same <= best) continue;
         best = same;
         parent = other;
@@ -20933,7 +21047,7 @@ static int llm__seq_pick(const llm_context *ctx, const llm_token *ids, int n) {
     for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
         uint64_t used = lengths[seq] ? ctx->picked_at[seq] : 0;
         if (ctx->runs[seq] || (lengths[seq] && !used)) continue;
-        if (lengths[seq] && llm__seq_common(ctx, seq, ids, n) == lengths[seq] &&
+        if (lengths[seq] && llm__seq_common(ctx, seq, ids, n, false) == lengths[seq] &&
             (whole < 0 || lengths[seq] > lengths[whole]))
             whole = seq;
         if (oldest < 0 || used < (lengths[oldest] ? ctx->picked_at[oldest] : 0)) oldest = seq;
@@ -20974,11 +21088,55 @@ LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int lengt
     return llm__error_done(err, LLM_OK);
 }
 
+/* Removes n tokens of a sequence, see llm_seq_shift. Afterwards n_spare blocks are still free, or can be. */
+static llm_status llm__seq_remove(llm_context *ctx, int seq, int begin, int n, int64_t n_spare, llm_error *err) {
+    llm__cache *cache = &ctx->cache;
+    const llm_backend *backend = ctx->model->backend;
+    const int *table = llm__cache_table(cache, seq);
+    int length = cache->lengths[seq] - n, place = begin % LLM_CACHE_BLOCK, needed;
+    llm_status status = LLM_OK;
+    if (n == 0) return LLM_OK;
+    needed = begin < length ? llm__cache_shared(cache, seq, begin, length) : 0;
+    if (needed && !llm__seq_make_room(ctx, needed + n_spare))
+        return llm__error(err, LLM_ERROR_CONTEXT_FULL,
+                          "sequence %d shares %d positions of the cache that the shift would change; there is no room "
+                          "for copies (n_cache)",
+                          seq, needed * LLM_CACHE_BLOCK);
+    for (int i = begin / LLM_CACHE_BLOCK; i < llm__cache_blocks_for(length) && begin < length && !status;
+         i++, place = 0) {
+        if (cache->n_users[table[i]] == 1) {
+            llm__cache_change(cache, table[i], place);
+            continue;
+        }
+        int shared = llm__cache_replace(cache, seq, i, place);
+        status = backend->copy_block(ctx->device, table[i], shared, err);
+    }
+    if (!status && begin < length) status = backend->shift(ctx->device, table, begin, begin + n, length - begin, err);
+    if (status) llm__cache_truncate(cache, seq, begin); /* what was to be moved may be spoilt */
+    else llm__cache_shift(cache, seq, begin, n);
+    return status;
+}
+
+LLM_API llm_status llm_seq_shift(llm_context *ctx, int seq, int begin, int n, llm_error *err) {
+    llm_status status = LLM__ENTER(ctx, err);
+    if (!status) status = llm__ctx_claim_seq(ctx, seq, err);
+    if (status) return status;
+    int length = ctx->cache.lengths[seq];
+    if (begin < 0 || n < 0 || begin > length || n > length - begin)
+        return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; %d of them from %d on cannot be removed",
+                          seq, length, n, begin);
+    if (!ctx->model->backend->shift)
+        return llm__error(err, LLM_ERROR_UNSUPPORTED, "the backend \"%s\" cannot shift a sequence",
+                          ctx->model->backend->name);
+    return llm__error_done(err, llm__seq_remove(ctx, seq, begin, n, 0, err));
+}
+
 /* A saved sequence is this struct, then its tokens, then its blocks in the backend's format. */
 typedef struct llm__seq_saved {
     char magic[8];
-    uint64_t fingerprint, hash; /* of model and cache type; of everything after this struct */
+    uint64_t fingerprint, hash; /* of model and cache type; of n_exact and everything after this struct */
     uint64_t length, size;
+    uint64_t n_exact; /* positions before the first that a shift moved; `length`: there is none */
 } llm__seq_saved;
 
 static uint64_t llm__seq_fingerprint(const llm_context *ctx) {
@@ -21008,10 +21166,11 @@ LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, s
                           (unsigned long long)needed, (unsigned long long)size);
     llm__seq_saved head;
     memset(&head, 0, sizeof head);
-    memcpy(head.magic, "llmcach2", 8);
+    memcpy(head.magic, "llmcach3", 8);
     head.fingerprint = llm__seq_fingerprint(ctx);
     head.length = (uint64_t)length;
     head.size = needed;
+    head.n_exact = (uint64_t)(ctx->cache.n_exact[seq] < length ? ctx->cache.n_exact[seq] : length);
     uint8_t *at = (uint8_t *)buffer + sizeof head;
     memcpy(at, llm__cache_tokens(&ctx->cache, seq), (size_t)length * sizeof(llm_token));
     at += (size_t)length * sizeof(llm_token);
@@ -21019,14 +21178,14 @@ LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, s
         status = ctx->model->backend->read_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
         if (status) return status;
     }
-    head.hash = llm__hash_fnv(0, (const uint8_t *)buffer + sizeof head, needed - sizeof head);
+    head.hash = llm__hash_fnv(head.n_exact, (const uint8_t *)buffer + sizeof head, needed - sizeof head);
     memcpy(buffer, &head, sizeof head);
     return llm__error_done(err, LLM_OK);
 }
 
 static llm_status llm__seq_check_saved(llm_context *ctx, int seq, const void *buffer, size_t size, llm__seq_saved *head,
                                        llm_error *err) {
-    if (size < sizeof *head || memcmp(buffer, "llmcach2", 8))
+    if (size < sizeof *head || memcmp(buffer, "llmcach3", 8))
         return llm__error(err, LLM_ERROR_FORMAT, "the buffer does not hold a saved sequence");
     memcpy(head, buffer, sizeof *head);
     if (head->fingerprint != llm__seq_fingerprint(ctx))
@@ -21035,7 +21194,9 @@ static llm_status llm__seq_check_saved(llm_context *ctx, int seq, const void *bu
         return llm__error(err, LLM_ERROR_CONTEXT_FULL, "the saved sequence has %llu tokens; this context holds %d",
                           (unsigned long long)head->length, ctx->desc.n_ctx);
     if (head->size != llm__seq_saved_size(ctx, (size_t)head->length) || size < head->size ||
-        head->hash != llm__hash_fnv(0, (const uint8_t *)buffer + sizeof *head, (size_t)head->size - sizeof *head))
+        head->n_exact > head->length ||
+        head->hash !=
+            llm__hash_fnv(head->n_exact, (const uint8_t *)buffer + sizeof *head, (size_t)head->size - sizeof *head))
         return llm__error(err, LLM_ERROR_FORMAT, "the saved sequence is damaged");
     int own = 0; /* blocks that overwriting the sequence frees */
     for (int i = 0; i < llm__cache_blocks_for(ctx->cache.lengths[seq]); i++)
@@ -21066,6 +21227,7 @@ LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer
     at += head.length * sizeof(llm_token);
     for (int i = 0; i < llm__cache_blocks_for((int)head.length) && !status; i++, at += block)
         status = ctx->model->backend->write_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
+    if (head.n_exact < head.length) ctx->cache.n_exact[seq] = (int)head.n_exact;
     if (status) llm__cache_truncate(&ctx->cache, seq, 0);
     return llm__error_done(err, status);
 }
@@ -28494,10 +28656,57 @@ static int llm__gen_first_logits(const llm_stream *s) {
     return s->desc.log_probs_from ? s->desc.log_probs_from - 1 : s->n_ids - 1;
 }
 
+/* How a sequence comes to begin like a prompt: n tokens from `begin` on are removed, and `kept` tokens follow. */
+typedef struct llm__gen_gap {
+    int begin, n, kept;
+} llm__gen_gap;
+
+/* Finds the gap that keeps the most, in time quadratic in the length at worst. kept is 0 if there is none that is worth
+   it, or if another sequence holds as much of the prompt without a shift. */
+static llm__gen_gap llm__gen_find_gap(const llm_stream *s) {
+    const llm_context *ctx = s->ctx;
+    const int seq = s->desc.seq, length = ctx->cache.lengths[seq], most = llm__gen_first_logits(s);
+    const llm_token *own = llm__cache_tokens(&ctx->cache, seq);
+    llm__gen_gap gap = {llm__seq_common(ctx, seq, s->ids, most, true), 0, LLM__SEQ_WORTH_SHARING - 1};
+    for (int n = 1; n < length - gap.begin - gap.kept && gap.begin + gap.kept < most; n++) {
+        const llm_token *rest = own + gap.begin + n;
+        int same = 0, end = length - gap.begin - n < most - gap.begin ? length - gap.begin - n : most - gap.begin;
+        while (same < end && rest[same] == s->ids[gap.begin + same]) same++;
+        if (same <= gap.kept) continue;
+        gap.kept = same;
+        gap.n = n;
+    }
+    for (int other = 0; other < ctx->desc.n_seq && gap.n; other++)
+        if (other != seq && llm__seq_common(ctx, other, s->ids, most, false) >= gap.begin + gap.kept) gap.n = 0;
+    if (!gap.n) gap.kept = 0;
+    return gap;
+}
+
+/* Turns were left out of the prompt. If the sequence holds those that stay, they are moved to their new positions. If
+   there is no room for that, they are computed. n_spare blocks are promised to others. */
+static void llm__gen_shift(llm__env *env, llm_stream *s, int64_t n_spare) {
+    if (!s->desc.shift || !s->stats.n_left_out) return;
+    llm__gen_gap gap = llm__gen_find_gap(s);
+    if (!gap.kept) return;
+    llm__cache_truncate(&s->ctx->cache, s->desc.seq, gap.begin + gap.n + gap.kept);
+    llm_status status = llm__seq_remove(s->ctx, s->desc.seq, gap.begin, gap.n, n_spare, env->err);
+    if (status != LLM_ERROR_CONTEXT_FULL) llm__env_check(env, status);
+}
+
+/* `shift` changes results, so it is refused where it could have no effect or be a surprise. */
+static void llm__gen_check_shift(llm__env *env, const llm_stream *s) {
+    if (!s->desc.shift) return;
+    if (s->desc.seq == LLM_SEQ_ANY)
+        llm__fail(env, LLM_ERROR_ARGUMENT, "shift needs a sequence that is named, and seq is LLM_SEQ_ANY");
+    if (!s->ctx->model->backend->shift)
+        llm__fail(env, LLM_ERROR_UNSUPPORTED, "the backend \"%s\" cannot shift a sequence, so `shift` must be false",
+                  s->ctx->model->backend->name);
+}
+
 /* The sequence begins with what is already computed of the prompt, up to the first token whose logits are needed. */
 static void llm__gen_reuse(llm_stream *s) {
     int own;
-    s->n_read = llm__seq_start(s->ctx, s->desc.seq, s->ids, llm__gen_first_logits(s), &own);
+    s->n_read = llm__seq_start(s->ctx, s->desc.seq, s->ids, llm__gen_first_logits(s), s->desc.shift, &own);
     s->stats.n_reused = s->n_read;
     s->stats.n_shared += s->n_read - own;
 }
@@ -28877,6 +29086,7 @@ static void llm__stream_take_sequence(llm__env *env, llm_stream *s) {
     s->stats.seq = s->speculation.seq = *seq;
     s->stats.n_prompt = s->n_ids;
     ctx->picked_at[*seq] = any ? ++ctx->clock : 0;
+    llm__gen_shift(env, s, llm__stream_promised(ctx));
     llm__gen_reuse(s);
     int64_t needed = llm__cache_needs(&ctx->cache, *seq, s->n_ids - s->n_read), promised = llm__stream_promised(ctx);
     ctx->runs[*seq] = true; /* so that it is not dropped to make room for itself */
@@ -28909,6 +29119,7 @@ static void llm__stream_begin_body(llm__env *env, void *arg) {
        allows. */
     s->box.stream.started = (!s->desc.messages && !s->desc.chat) || s->desc.grammar;
     llm__gen_check_arrays(env, &s->desc, s->sampler);
+    llm__gen_check_shift(env, s);
     llm__stream_check_sampler(env, s);
     llm__gen_copy_stops(env, &s->desc);
     llm__gen_start_speculation(env, s);
@@ -29690,7 +29901,7 @@ static bool llm__score_waits(const llm__scorer *s, int question) {
     int held = 0, coming = 0;
     if (s->desc.recompute_context) return false;
     for (int i = 0; i < s->n_slots; i++) {
-        int same = llm__seq_common(s->ctx, i * s->most_endings, q->context, q->n_context - 1);
+        int same = llm__seq_common(s->ctx, i * s->most_endings, q->context, q->n_context - 1, false);
         if (same > held) held = same;
         if (s->slots[i].question < 0 || s->slots[i].ending >= 0) continue;
         const llm_question *other = &s->questions[s->slots[i].question];
@@ -29724,7 +29935,7 @@ static void llm__score_begin_question(llm__scorer *s, int index, int question) {
     s->ctx->picked_at[seq] = 0;
     slot->question = question;
     slot->ending = shares ? -1 : 0;
-    slot->at = llm__seq_start(s->ctx, seq, q->context, shares ? q->n_context - 1 : 0, &own);
+    slot->at = llm__seq_start(s->ctx, seq, q->context, shares ? q->n_context - 1 : 0, false, &own);
     s->stats->n_shared += slot->at;
 }
 

@@ -5139,7 +5139,7 @@ static double llm__gpu_measure_flops(void *context) {
         "cuda", open, llm__gpu_upload, llm__gpu_close, llm__gpu_weight_bytes, llm__gpu_block_bytes,                    \
             llm__gpu_scratch_bytes, llm__gpu_context_create, llm__gpu_context_free, llm__gpu_forward, llm__gpu_logits, \
             llm__gpu_copy_block, llm__gpu_read_block, llm__gpu_write_block, llm__gpu_measure_bandwidth,                \
-            llm__gpu_measure_flops, burst                                                                              \
+            llm__gpu_measure_flops, burst, NULL                                                                        \
     }
 
 } // namespace llm__cuda

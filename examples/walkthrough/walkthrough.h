@@ -278,10 +278,10 @@ static llm_status write_block(void *device_, int block, const void *bytes, llm_e
 static void release(void *object) { (void)object; } /* all memory stays until the program ends */
 static double not_measured(void *device_) { return (void)device_, 0; }
 
-static const llm_backend step_backend = {"walkthrough", open_model,    upload,         release,     weight_bytes,
-                                         block_bytes,   scratch_bytes, context_create, release,     run_pass,
-                                         logits,        copy_block,    read_block,     write_block, not_measured,
-                                         not_measured,  NULL};
+static const llm_backend step_backend = {
+    "walkthrough", open_model,     upload,       release,      weight_bytes, block_bytes,
+    scratch_bytes, context_create, release,      run_pass,     logits,       copy_block,
+    read_block,    write_block,    not_measured, not_measured, NULL,         NULL};
 
 /* ---- The machine's limits ---- */
 
