@@ -116,7 +116,7 @@ $(eval $(call program,build/windows,.exe))
 build/repl build/loop build/extract build/quantize build/tokenize build/server: build/llm.o
 $(addprefix build/asan/,repl tokenize): build/asan/llm.o
 $(addprefix build/,repl loop extract quantize tokenize server asan/repl asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
-$(addprefix build/asan/test_,hf quantize packed calibrate hellaswag_text) build/test_hellaswag_text build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
+$(addprefix build/asan/test_,hf quantize packed calibrate tokenizer tokenizer_files hellaswag_text) build/test_hellaswag_text build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
 $(addprefix build/asan/test_,meta hf quantize calibrate chat tokenizer_files hellaswag_text): private CPPFLAGS += -O0
 build/asan/test_amx: private CPPFLAGS += -O0 -fno-sanitize-ignorelist
 

@@ -1,10 +1,9 @@
 /* tokenizer.json and tokenizer.model: small files of each kind give the same ids as Hugging Face's tokenizers,
-   sentencepiece and tiktoken (tokenizer/families.py, tokenizer/meta.py). Also tokenizer_config.json and other files
-   next to them, hostile files, and failing allocations.
+   sentencepiece and tiktoken (tokenizer/families.py, tokenizer/meta.py). Long texts have the same ids without the memory
+   of words. Also tokenizer_config.json and other files next to them, hostile files, and failing allocations.
    Variants: asan cross */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION
-#define LLM_NO_SIMD /* nothing is computed here */
 #include "llm.h"
 
 #include <jansson.h>
@@ -97,16 +96,94 @@ static int compare_lines(const char *name) {
     return n;
 }
 
+static const char *const families[] = {"gpt-2",       "mpt",          "smollm",        "llama-3",        "qwen2",
+                                       "gpt-4o",      "tekken",       "falcon",        "deepseek-coder", "prefix-space",
+                                       "added",       "llama-2",      "llama-2-added", "llama-2-first",  "metaspace",
+                                       "unknown",     "unknown-each", "spm",           "spm-symbols",    "spm-plain",
+                                       "llama-3-meta"};
+enum { N_FAMILIES = sizeof families / sizeof *families };
+
 static void test_golden(void **state) {
     (void)state;
-    static const char *const names[] = {
-        "gpt-2",         "mpt",           "smollm",         "llama-3",      "qwen2",        "gpt-4o",
-        "tekken",        "falcon",        "deepseek-coder", "prefix-space", "added",        "llama-2",
-        "llama-2-added", "llama-2-first", "metaspace",      "unknown",      "unknown-each", "spm",
-        "spm-symbols",   "spm-plain",     "llama-3-meta"};
     int n = 0;
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) n += compare_lines(names[i]);
+    for (int i = 0; i < N_FAMILIES; i++) n += compare_lines(families[i]);
     assert_true(n >= 2000);
+}
+
+/* ---- The memory of words of a long text ---- */
+
+enum { N_LONG = 40000, N_LONG_IDS = 2 * N_LONG };
+
+/* Fills a text with a family's golden texts, in random order. */
+static void fill_long(const char *name, char *text, size_t n, uint32_t *seed) {
+    enum { MOST = 256 };
+    char file_name[64];
+    json_t *entries[MOST];
+    int n_entries = 0;
+    snprintf(file_name, sizeof file_name, "%s.jsonl", name);
+    FILE *file = open_lines(golden(file_name));
+    for (json_t *entry; (entry = next_line(file)) != NULL; entries[n_entries++] = entry)
+        assert_in_range(n_entries, 0, MOST - 1);
+    assert_true(n_entries > 20);
+    for (size_t at = 0; at < n;) {
+        *seed = *seed * 1103515245u + 12345u;
+        const json_t *line = json_array_get(entries[(*seed >> 16) % (unsigned)n_entries], 0);
+        size_t n_line = json_string_length(line);
+        if (n_line > n - at) n_line = n - at;
+        memcpy(text + at, json_string_value(line), n_line);
+        at += n_line;
+    }
+    for (int i = 0; i < n_entries; i++) json_decref(entries[i]);
+}
+
+/* Encodes a text without the memory of words: its allocation is the only one that may fail. */
+static int64_t encode_without_memory(const llm_tokenizer *t, heap *h, const char *text, size_t n, unsigned flags,
+                                     llm_token *ids) {
+    int64_t count = -1;
+    for (int64_t k = 1; count < 0; k++) {
+        h->n_calls = 0;
+        h->fail_at = k;
+        count = llm_encode(t, text, n, flags, ids, N_LONG_IDS, NULL);
+        assert_true(h->n_calls >= k); /* the allocation number k did fail */
+    }
+    h->fail_at = 0;
+    return count;
+}
+
+/* The ids of a long text do not depend on the memory of words, which the shorter text fills up. */
+static void test_memory(void **state) {
+    (void)state;
+    static llm_token with[N_LONG_IDS], without[N_LONG_IDS];
+    static char text[N_LONG];
+    static heap h;
+    llm_host host = heap_host(&h);
+    int n_spaced = 0, n_ignoring = 0, n_fusing = 0;
+    uint32_t seed = 1;
+    for (int i = 0; i < N_FAMILIES; i++) {
+        llm_tokenizer *t;
+        llm_error err;
+        if (llm_tokenizer_load(&t, golden(families[i]), &host, &err)) fail_msg("%s", err.message);
+        n_spaced += t->spaces_cut;
+        n_ignoring += t->ignore_merges;
+        n_fusing += t->fuse_unk;
+        fill_long(families[i], text, N_LONG, &seed);
+        for (int k = 0; k < 4; k++) {
+            const unsigned flags = k % 2 ? (unsigned)LLM_TOKENS_SPECIAL | LLM_TOKENS_ENDS : 0;
+            const size_t n = k < 2 ? N_LONG : LLM__KNOWN_TEXT;
+            int64_t count = llm_encode(t, text, n, flags, with, N_LONG_IDS, &err);
+            assert_in_range(count, 1000, N_LONG_IDS);
+            assert_int_equal(encode_without_memory(t, &h, text, n, flags, without), count);
+            for (int64_t j = 0; j < count; j++)
+                if (with[j] != without[j])
+                    fail_msg("%s with flags %u: id %d is %d with the memory of words, %d without it", families[i],
+                             flags, (int)j, (int)with[j], (int)without[j]);
+        }
+        llm_tokenizer_free(t);
+    }
+    assert_all_returned(&h);
+    assert_true(n_spaced && n_ignoring && n_fusing);
+    print_message("%d families: %d cut at spaces, %d ignore merges, %d fuse unknown characters\n", N_FAMILIES, n_spaced,
+                  n_ignoring, n_fusing);
 }
 
 /* ---- Files made by the tests ---- */
@@ -598,12 +675,19 @@ static void test_allocation(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_golden),        cmocka_unit_test(test_beside),
-        cmocka_unit_test(test_tokens_beside), cmocka_unit_test(test_added_to_model),
-        cmocka_unit_test(test_lists),         cmocka_unit_test(test_json_strings),
-        cmocka_unit_test(test_hostile_json),  cmocka_unit_test(test_shaken),
-        cmocka_unit_test(test_hostile_model), cmocka_unit_test(test_special_tokens_of_llama_3),
-        cmocka_unit_test(test_hostile_ranks), cmocka_unit_test(test_allocation),
+        cmocka_unit_test(test_golden),
+        cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_beside),
+        cmocka_unit_test(test_tokens_beside),
+        cmocka_unit_test(test_added_to_model),
+        cmocka_unit_test(test_lists),
+        cmocka_unit_test(test_json_strings),
+        cmocka_unit_test(test_hostile_json),
+        cmocka_unit_test(test_shaken),
+        cmocka_unit_test(test_hostile_model),
+        cmocka_unit_test(test_special_tokens_of_llama_3),
+        cmocka_unit_test(test_hostile_ranks),
+        cmocka_unit_test(test_allocation),
     };
     return cmocka_run_group_tests_name("tokenizer files", tests, make_directory, remove_directory);
 }
