@@ -1018,7 +1018,8 @@ typedef struct llm_stats {
    cancelled or failed, the sequence holds what its finished passes (of n_batch tokens) computed, and the same call goes
    on from there. A token may be any bytes, so a text that is encoded again need not give the tokens that were drawn: to
    continue it without computing it again, pass `tokens`. A sampler that leaves no token (all forbidden) is
-   LLM_ERROR_ARGUMENT, and a logit that is NaN LLM_ERROR_FORMAT. */
+   LLM_ERROR_ARGUMENT, and a logit that is NaN LLM_ERROR_FORMAT. A grammar may turn out to be too ambiguous for an
+   answer in the middle of it: LLM_ERROR_UNSUPPORTED. After such an error, what was shown stays in the sequence. */
 LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
 
 /* Runs the prompt only, so that a later llm_generate with a prompt that begins like this one answers at once.
@@ -1193,6 +1194,10 @@ LLM_API int llm_log_probs(llm_context *ctx, int i, llm_token token, float *chose
    So an answer that ends with LLM_STOP_END is whole and valid; one that ends for another reason may be incomplete.
    Control tokens match nothing (but see llm_grammar_from_tools). If no token of the vocabulary can follow, that is an
    error.
+   A grammar that was accepted can still fail within an answer, if the text so far can be read in too many ways (more
+   than 16,384 at one place, or states of more than 128 MB). llm_generate then fails with LLM_ERROR_UNSUPPORTED, "the
+   grammar is too ambiguous". Usual grammars and schemas are far from this; counted repetitions inside counted
+   repetitions, as in (a{1,300}){1,300}, can come there. The grammar can be used for another answer.
    Where only one token is allowed, it is not computed alone: up to LLM_DRAFT_MAX such tokens and the next one that is
    drawn take one pass. The text is the same. In llm_stats.draft they count as guesses that were right. Their logits are
    computed only if on_log_probs, a mask, biases, XTC or mirostat need them; the context's n_logits then limits how many
@@ -1252,12 +1257,13 @@ LLM_API llm_status llm_grammar_from_tools(llm_grammar **out, const llm_tokenizer
 
 LLM_API void llm_grammar_free(llm_grammar *grammar);
 
-/* Returns 1 if a text is a whole answer, 0 if it is the beginning of one, and -1 if it is neither or memory ran out. */
+/* Returns 1 if a text is a whole answer, 0 if it is the beginning of one, and -1 if it is neither, or if memory ran out
+   or the text is too ambiguous. */
 LLM_API int llm_grammar_check(llm_grammar *grammar, const char *text, size_t n_bytes);
 
 /* For your own loop: set llm_sampler.mask to llm_grammar_mask, and mask_user to the grammar. llm_grammar_begin says how
-   many tokens of the sequence come before the text. If the tokens after them do not match, all tokens are forbidden.
-   llm_generate does both itself. */
+   many tokens of the sequence come before the text. If the tokens after them do not match, or the mask cannot be made,
+   all tokens are forbidden. llm_generate does both itself. */
 LLM_API void llm_grammar_begin(llm_grammar *grammar, int n_tokens);
 LLM_API void llm_grammar_mask(void *grammar, const llm_token *tokens, int n, float *logits, int n_vocab);
 
@@ -1437,9 +1443,11 @@ LLM_API const float *llm_importance_get(const llm_importance *importance, const 
 #ifdef LLM_CUDA
 /* In llm_cuda.cu: compile that with nvcc, link with -lcublas, and set llm_model_desc.backend to one of these. Without a
    usable GPU llm_model_load fails with LLM_ERROR_DEVICE or LLM_ERROR_UNSUPPORTED; the host may then load for the CPU.
-   In llm_generate the GPU picks the tokens itself, unless the sampler has biases, a penalty, or one of the rules from
-   top_n_sigma on. A seed then gives the same text on every run on that GPU, and llm_logits returns NULL afterwards.
-   With LLM_CUDA_EAGER the host picks.
+   In llm_generate the GPU picks the tokens itself, up to 64 at a time. The host picks them, from logits that the GPU
+   sends, if the sampler has biases, a mask, a penalty (DRY is one), or another of the rules from top_n_sigma on; if
+   there is a grammar, a draft, or on_log_probs; in llm_step, where texts are written together; in a pipeline; and with
+   LLM_CUDA_EAGER. If the GPU picks, a seed gives the same text on every run on that GPU, and llm_logits returns NULL
+   afterwards.
 
    A model is loaded to the GPU that is current in the calling thread. With ranks, this holds only if that is not the
    first GPU. Otherwise rank r (tensor rank + number of tensor ranks * pipeline rank) takes GPU r modulo the number of

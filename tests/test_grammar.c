@@ -753,6 +753,39 @@ static void test_small_but_hard(void **state) {
     assert_refused(llm_grammar_from_json_schema, text, LLM_ERROR_UNSUPPORTED, "4,000 bytes");
 }
 
+/* Counts inside counts, which a text can be read by in more and more ways: the grammar is accepted, but an answer fails
+   where they are too many. What came before was shown, and the sequence and the grammar can still be used. */
+static void test_too_ambiguous(void **state) {
+    static const llm_logit_bias never = {'!', -INFINITY};
+    llm_context_desc context = {.n_threads = 1, .n_logits = LLM_DRAFT_MAX + 1};
+    llm_context *ctx = create_context(model, &context);
+    llm_grammar *g = grammar_of(llm_grammar_from_regex, "([a-f]{1,300}){2,300}!");
+    (void)state;
+    for (int n = 10; n <= 300; n += 290) {
+        answer a = {{0}, 0};
+        llm_error err;
+        llm_stats stats;
+        llm_sampler sampler = {.temperature = 1, .seed = 1, .biases = &never, .n_biases = 1};
+        llm_generate_desc desc = {
+            .prompt = "abc", .max_tokens = n, .sampler = &sampler, .grammar = g, .on_text = keep_text, .user = &a};
+        llm_status status = llm_generate(ctx, &desc, &stats, &err);
+        assert_int_equal(status, n > 10 ? LLM_ERROR_UNSUPPORTED : LLM_OK);
+        if (status) {
+            assert_non_null(strstr(err.message, "too ambiguous"));
+            assert_in_range(stats.n_generated, 50, n - 1);
+            assert_int_equal(llm_grammar_check(g, a.text, 300), -1);
+        }
+        assert_in_range(a.n, stats.n_generated, 3 * n);
+        assert_int_equal(strspn(a.text, "abcdef"), a.n);
+        assert_int_equal(llm_seq_length(ctx, stats.seq), stats.n_prompt + stats.n_generated - 1);
+    }
+    answer again;
+    assert_int_equal(ask(ctx, g, 1, NULL, 20, &again).stop, LLM_STOP_LENGTH);
+    assert_int_equal(llm_grammar_check(g, "abcdef!", 7), 1);
+    llm_grammar_free(g);
+    llm_context_free(ctx);
+}
+
 typedef struct starved {
     make_grammar *make;
     const char *text, *answer; /* answer: the beginning of an answer */
@@ -831,7 +864,7 @@ int main(void) {
         cmocka_unit_test(test_forced_limits), cmocka_unit_test(test_forced_streams),
         cmocka_unit_test(test_masks),         cmocka_unit_test(test_mask),
         cmocka_unit_test(test_bad),           cmocka_unit_test(test_small_but_hard),
-        cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_too_ambiguous), cmocka_unit_test(test_memory),
     };
     return cmocka_run_group_tests(tests, start, stop);
 }

@@ -1,4 +1,5 @@
-/* Speculative decoding: with any draft, the text is the same as without one.
+/* Speculative decoding: with any draft, the text is the same as without one, or has the same distribution; also with a
+   mask or a grammar.
    Variants: asan */
 #include "tests/check.h"
 #include "llm.h"
@@ -523,11 +524,86 @@ static void test_padded(void **state) {
     close_context(ctx);
 }
 
+/* ---- Masks and grammars ---- */
+
+/* Forbids the last token, and all but a few letters. */
+static void no_letter_twice(void *user, const llm_token *tokens, int n, float *logits, int n_vocab) {
+    (void)user;
+    for (llm_token i = 0; i < n_vocab; i++)
+        if (i < 'a' || i > 'f' || i == tokens[n - 1]) logits[i] = -INFINITY;
+}
+
+static llm_grammar *grammar_of(llm_context *ctx, const char *regex) {
+    llm_grammar *g = NULL;
+    llm_error err;
+    if (llm_grammar_from_regex(&g, llm_model_tokenizer(llm_context_model(ctx)), regex, NULL, &err))
+        fail_msg("%s", err.message);
+    return g;
+}
+
+/* Drafts keep to a grammar or a mask, and the text stays the same: at temperature 0, and with draft_keeps_text. Some
+   guesses are right, and some are refused. */
+static void test_constrained(void **state) {
+    static const char *const regexes[] = {NULL, "[a-f]{2,60}!", "(name: [a-z]{1,9}, size: [0-9]+(cm|mm);\\n){2,4}"};
+    llm_context *ctx = open_tiny(200, 2);
+    tiny_spec small = {1, 16, 24, 2, 1, 8, 256, 9, 0, 0, 3};
+    llm_model *models[] = {load_tiny(&SPEC, LLM_DTYPE_INT4), load_tiny(&small, LLM_DTYPE_BF16)};
+    int n_proposed = 0, n_accepted = 0;
+    (void)state;
+    for (int d = 0; d < 3; d++) {
+        llm_draft draft = d < 2 ? draft_model(ctx, models[d]) : llm_draft_lookup();
+        for (int i = 0; i < 12; i++) {
+            const char *regex = regexes[i % 3];
+            llm_grammar *g = regex ? grammar_of(ctx, regex) : NULL;
+            const bool keeps = i / 3 % 2 != 0;
+            llm_sampler sampler = {.temperature = keeps ? 1.5f : 0, .seed = (uint64_t)i, .repeat_penalty = 1.1f};
+            if (!g) sampler.mask = no_letter_twice;
+            llm_generate_desc desc = {.prompt = "abcabcabc",
+                                      .seq = i % 2,
+                                      .max_tokens = 70,
+                                      .grammar = g,
+                                      .draft = &draft,
+                                      .draft_keeps_text = keeps};
+            encourage(&draft);
+            check_draft(ctx, desc, &sampler, &draft);
+            desc.draft_keeps_text = false; /* another text, but an allowed one */
+            encourage(&draft);
+            answer *a = generate(ctx, desc, &sampler, 0, 0);
+            assert_false(a->stats.draft.failed);
+            if (g) assert_int_equal(llm_grammar_check(g, a->text, a->n_bytes), a->stats.stop == LLM_STOP_END);
+            for (int k = 0; !g && k < a->n_tokens; k++)
+                assert_true(a->tokens[k] >= 'a' && a->tokens[k] <= 'f' && (!k || a->tokens[k] != a->tokens[k - 1]));
+            if (!g) { /* the tokens that a grammar forces count as right guesses */
+                n_proposed += a->stats.draft.n_proposed;
+                n_accepted += a->stats.draft.n_accepted;
+            }
+            free(a);
+            llm_grammar_free(g);
+        }
+        llm_draft_free(&draft);
+    }
+    assert_true(n_accepted > 20 && n_accepted < n_proposed);
+    for (int i = 0; i < 2; i++) llm_model_free(models[i]);
+    close_context(ctx);
+}
+
 /* ---- The distribution ---- */
 
 /* Biases allow only these tokens, so that all texts of three tokens can be counted. */
 enum { FEW = 6, CELLS = FEW * FEW * FEW };
 static const llm_token allowed[FEW] = {'a', 'b', 'c', 'd', 'e', 'f'};
+
+/* What else forbids tokens. */
+typedef enum rule { NO_MORE, MASK, GRAMMAR } rule;
+
+/* Of each pair of letters, the first may be any. After f, the second is forced. */
+static const char *const PAIRS = "([a-e][a-f]|fe){3}";
+
+/* Whether the i-th of the allowed tokens may follow a text of n tokens, the first of which is the prompt. */
+static bool may_follow(rule rule, const llm_token *text, int n, int i) {
+    if (rule == MASK) return allowed[i] != text[n - 1];
+    return rule == NO_MORE || n % 2 || text[n - 1] != 'f' || allowed[i] == 'e';
+}
 
 typedef struct gambler {
     uint64_t random;
@@ -554,7 +630,7 @@ static llm_status gamble(void *user, const llm_draft_request *r, llm_draft_guess
 }
 
 /* Computes the probabilities of the allowed tokens after a text from its logits, in double. */
-static void reference(llm_context *ctx, const llm_token *text, int n, const llm_sampler *s, double *p) {
+static void reference(llm_context *ctx, rule rule, const llm_token *text, int n, const llm_sampler *s, double *p) {
     double logits[FEW], sum = 0, kept = 0;
     int order[FEW], left = FEW;
     assert_int_equal(llm_seq_truncate(ctx, 0, 0, NULL), LLM_OK);
@@ -565,6 +641,7 @@ static void reference(llm_context *ctx, const llm_token *text, int n, const llm_
         logits[i] = llm_logits(ctx, n - 1)[allowed[i]];
         if (seen && s->repeat_penalty > 0)
             logits[i] = logits[i] > 0 ? logits[i] / s->repeat_penalty : logits[i] * s->repeat_penalty;
+        if (!may_follow(rule, text, n, i)) logits[i] = -INFINITY;
         order[i] = i;
     }
     for (int i = 0; i < FEW; i++)
@@ -586,21 +663,23 @@ static void reference(llm_context *ctx, const llm_token *text, int n, const llm_
     for (int i = 0; i < FEW; i++) p[i] /= kept;
 }
 
-static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft *draft, int n_texts) {
+static void check_distribution(llm_context *ctx, rule rule, llm_sampler sampler, llm_draft *draft, int n_texts) {
+    llm_grammar *g = rule == GRAMMAR ? grammar_of(ctx, PAIRS) : NULL;
     llm_token text[4] = {'b'};
     llm_logit_bias biases[N_VOCAB];
     double expected[CELLS], p[3][FEW], chi = 0;
     int seen[CELLS] = {0}, n_cells = 0, n_proposed = 0, n_accepted = 0;
     for (int i = 0; i < FEW; i++) {
-        reference(ctx, text, 1, &sampler, p[0]);
+        reference(ctx, rule, text, 1, &sampler, p[0]);
         text[1] = allowed[i];
-        reference(ctx, text, 2, &sampler, p[1]);
+        reference(ctx, rule, text, 2, &sampler, p[1]);
         for (int j = 0; j < FEW; j++) {
             text[2] = allowed[j];
-            reference(ctx, text, 3, &sampler, p[2]);
+            reference(ctx, rule, text, 3, &sampler, p[2]);
             for (int k = 0; k < FEW; k++) expected[(i * FEW + j) * FEW + k] = n_texts * p[0][i] * p[1][j] * p[2][k];
         }
     }
+    if (rule == MASK) sampler.mask = no_letter_twice;
     sampler.biases = biases;
     for (llm_token i = 0; i < N_VOCAB; i++)
         if (i < 'a' || i >= 'a' + FEW) {
@@ -620,6 +699,7 @@ static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft 
                                   .n_tokens = 1,
                                   .max_tokens = 5,
                                   .sampler = &sampler,
+                                  .grammar = g,
                                   .draft = draft,
                                   .on_token = on_token,
                                   .user = &a};
@@ -648,6 +728,7 @@ static void check_distribution(llm_context *ctx, llm_sampler sampler, llm_draft 
                   n_texts, draft->name, 100.0 * n_accepted / n_proposed, n_proposed, n_cells, chi, z);
     assert_true(n_cells > 10 && fabs(z) < 3.3);
     assert_true(n_proposed > 2 * n_texts && n_accepted > n_texts / 10 && n_accepted < n_proposed);
+    llm_grammar_free(g);
 }
 
 #if defined(__has_feature)
@@ -668,12 +749,13 @@ static void test_distribution(void **state) {
     llm_draft drafts[] = {draft_model(ctx, int4), {.name = "a gambler", .propose = gamble, .user = &own}};
     (void)state;
     for (uint64_t d = 0; d < 2; d++) {
-        check_distribution(ctx, (llm_sampler){.temperature = 1, .seed = 1 + d}, &drafts[d], TEXTS);
-        check_distribution(ctx, (llm_sampler){.temperature = 1.5f, .top_k = 4, .seed = 3 + d}, &drafts[d], TEXTS / 2);
-        check_distribution(ctx, (llm_sampler){.temperature = 1.2f, .top_p = 0.85f, .seed = 5 + d}, &drafts[d],
+        check_distribution(ctx, NO_MORE, (llm_sampler){.temperature = 1, .seed = 1 + d}, &drafts[d], TEXTS);
+        check_distribution(ctx, NO_MORE, (llm_sampler){.temperature = 1.5f, .top_k = 4, .seed = 3 + d}, &drafts[d],
+                           TEXTS / 2);
+        check_distribution(ctx, NO_MORE, (llm_sampler){.temperature = 1.2f, .top_p = 0.85f, .seed = 5 + d}, &drafts[d],
                            TEXTS / 2);
         check_distribution(
-            ctx,
+            ctx, NO_MORE,
             (llm_sampler){
                 .temperature = 2, .top_k = 5, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.3f, .seed = 7 + d},
             &drafts[d], TEXTS / 2);
@@ -681,8 +763,27 @@ static void test_distribution(void **state) {
     static const char *const names[] = {"", "one that stops", "one that stops late", "one that picks a kind"};
     for (own.habit = STOPS; own.habit <= PICKS_KIND; own.habit++) {
         drafts[1].name = names[own.habit];
-        check_distribution(ctx, (llm_sampler){.temperature = 1, .seed = 20 + own.habit}, &drafts[1], TEXTS);
+        check_distribution(ctx, NO_MORE, (llm_sampler){.temperature = 1, .seed = 20 + own.habit}, &drafts[1], TEXTS);
     }
+    llm_draft_free(&drafts[0]);
+    llm_model_free(int4);
+    close_context(ctx);
+}
+
+/* The same with a mask, which depends on the text so far, and with a grammar, which forces some tokens. */
+static void test_distribution_constrained(void **state) {
+    llm_context *ctx = open_tiny(32, 1);
+    llm_model *int4 = load_tiny(&SPEC, LLM_DTYPE_INT4);
+    gambler own = {7, STEADY};
+    llm_draft drafts[] = {draft_model(ctx, int4), {.name = "a gambler", .propose = gamble, .user = &own}};
+    (void)state;
+    for (uint64_t d = 0; d < 2; d++)
+        for (rule rule = MASK; rule <= GRAMMAR; rule++) {
+            check_distribution(ctx, rule, (llm_sampler){.temperature = 1, .seed = 30 + d}, &drafts[d], TEXTS / 16);
+            check_distribution(ctx, rule,
+                               (llm_sampler){.temperature = 1.5f, .top_k = 4, .repeat_penalty = 1.3f, .seed = 32 + d},
+                               &drafts[d], TEXTS / 16);
+        }
     llm_draft_free(&drafts[0]);
     llm_model_free(int4);
     close_context(ctx);
@@ -845,12 +946,21 @@ static void test_left_by_longjmp(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_any_draft),   cmocka_unit_test(test_statistics), cmocka_unit_test(test_own_drafts),
-        cmocka_unit_test(test_sequences),   cmocka_unit_test(test_stops),      cmocka_unit_test(test_full),
-        cmocka_unit_test(test_cancelled),   cmocka_unit_test(test_refused),    cmocka_unit_test(test_padded),
-        cmocka_unit_test(test_keeps_text),  cmocka_unit_test(test_starved),    cmocka_unit_test(test_left_by_longjmp),
-        cmocka_unit_test(test_distribution)};
-    if (SANITIZED) cmocka_set_skip_filter("test_distribution");
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_any_draft),
+                                       cmocka_unit_test(test_statistics),
+                                       cmocka_unit_test(test_own_drafts),
+                                       cmocka_unit_test(test_sequences),
+                                       cmocka_unit_test(test_stops),
+                                       cmocka_unit_test(test_full),
+                                       cmocka_unit_test(test_cancelled),
+                                       cmocka_unit_test(test_refused),
+                                       cmocka_unit_test(test_padded),
+                                       cmocka_unit_test(test_keeps_text),
+                                       cmocka_unit_test(test_starved),
+                                       cmocka_unit_test(test_left_by_longjmp),
+                                       cmocka_unit_test(test_constrained),
+                                       cmocka_unit_test(test_distribution),
+                                       cmocka_unit_test(test_distribution_constrained)};
+    if (SANITIZED) cmocka_set_skip_filter("test_distribution*");
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
