@@ -320,8 +320,10 @@
         Models: decoder-only transformers of the Llama family, as README.md lists them; no mixture of experts, no
         images or sound, no encoders, no embeddings, no LoRA adapters, no training. If a file needs something that this
         library lacks, loading fails and the message names it.
-        Chat templates: the part of Jinja that published templates use. A template that needs more is refused, and the
-        message names it. Tool calls in other forms than those of llm_tool_calls_read stay text.
+        Chat templates: the part of Jinja that published templates use. A model whose template needs more loads, but its
+        chats fail; llm_chat_problem names what is missing. Rendering needs up to 512 KB of stack. It fails if it needs
+        more than 256 MB of memory or 4 million steps, which take a few seconds at most. Tool calls in other forms than
+        those of llm_tool_calls_read stay text.
         JSON Schema: the keywords under Grammars. A schema with another keyword is refused, and the message names it.
         Full sequences: after old messages were left out (keep_free), the others are computed again, or on the CPU, if
         the host wishes (shift), moved; then the results are not those of the shorter text. A text that fills its
@@ -792,6 +794,11 @@ LLM_API int64_t llm_chat_render(const llm_tokenizer *tokenizer, const llm_chat_d
 
 /* The template's text; NULL if the model's file has none. Valid as long as the tokenizer. */
 LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer);
+
+/* Why the template cannot be run, for example because it uses a filter that this library lacks. Then the model loads
+   and can continue texts, but every chat fails with this message. NULL if the template can be run, and if there is
+   none. Valid as long as the tokenizer. */
+LLM_API const char *llm_chat_problem(const llm_tokenizer *tokenizer);
 
 /* One tool that the model wants to call. */
 typedef struct llm_tool_call {
@@ -7306,7 +7313,7 @@ typedef struct llm__jinja_run {
     llm__jinja_buffer out;
     bool breaks, continues; /* a break or continue in the innermost loop is being carried out */
     int depth;
-    size_t steps, memory;
+    size_t steps, bytes, memory; /* bytes: those that are no whole step yet */
 } llm__jinja_run;
 
 LLM__NORETURN LLM__PRINTF(2, 3) static void llm__jinja_error(llm__jinja_run *r, const char *format, ...) {
@@ -7331,6 +7338,14 @@ static void *llm__jinja_alloc(llm__jinja_run *r, size_t count, size_t size) {
 static void llm__jinja_step(llm__jinja_run *r, size_t n) {
     r->steps += n;
     if (r->steps > LLM__JINJA_STEPS) llm__jinja_error(r, "rendering needs more than %d steps", LLM__JINJA_STEPS);
+}
+
+/* Counts work on n bytes of text: 64 of them are a step. Whatever looks at every byte of a string is counted, so that
+   the limit of steps bounds the time. */
+static void llm__jinja_bytes(llm__jinja_run *r, size_t n) {
+    r->bytes += n;
+    llm__jinja_step(r, r->bytes / 64);
+    r->bytes %= 64;
 }
 
 static llm__jinja_value llm__jinja_make(llm__jinja_type type) {
@@ -7399,7 +7414,7 @@ static void llm__jinja_put(llm__jinja_run *r, llm__jinja_buffer *b, const char *
     if (host) memcpy(b->host + b->n, host, n);
     else memset(b->host + b->n, 0, n);
     b->n += n;
-    llm__jinja_step(r, n / 64);
+    llm__jinja_bytes(r, n + 8); /* 8: much is put character by character */
 }
 
 static void llm__jinja_put_text(llm__jinja_run *r, llm__jinja_buffer *b, const char *text) {
@@ -7409,6 +7424,15 @@ static void llm__jinja_put_text(llm__jinja_run *r, llm__jinja_buffer *b, const c
 static void llm__jinja_put_part(llm__jinja_run *r, llm__jinja_buffer *b, const llm__jinja_value *s, size_t from,
                                 size_t to) {
     llm__jinja_put(r, b, s->u.s.at + from, to - from, s->u.s.host ? s->u.s.host + from : NULL);
+}
+
+/* Appends a text that stands for byte `at` of s: the host's if that byte is. */
+static void llm__jinja_put_for(llm__jinja_run *r, llm__jinja_buffer *b, const char *text, const llm__jinja_value *s,
+                               size_t at) {
+    size_t n = strlen(text), begin = b->n;
+    llm__jinja_put(r, b, text, n, NULL);
+    if (s->u.s.host) memset(b->host + begin, s->u.s.host[at], n);
+    llm__jinja_bytes(r, 32); /* the text was made for this one character */
 }
 
 static llm__jinja_value llm__jinja_finish(const llm__jinja_buffer *b) {
@@ -7478,6 +7502,17 @@ static double llm__jinja_as_double(const llm__jinja_value *v) {
     return v->type == LLM__J_FLOAT ? v->u.f : (double)v->u.i;
 }
 
+/* memcmp, in blocks, so that only the work up to the first difference is counted. */
+static int llm__jinja_differ(llm__jinja_run *r, const char *a, const char *b, size_t n) {
+    int order = 0;
+    for (size_t done = 0, part; done < n && !order; done += part) {
+        part = n - done < 64 ? n - done : 64;
+        order = memcmp(a + done, b + done, part);
+        llm__jinja_bytes(r, order ? 1 : part);
+    }
+    return order;
+}
+
 static bool llm__jinja_equal(llm__jinja_run *r, const llm__jinja_value *a, const llm__jinja_value *b, int depth) {
     llm__jinja_step(r, 1);
     if (depth > LLM__JINJA_DEPTH) llm__jinja_error(r, "a value is nested too deeply");
@@ -7488,7 +7523,7 @@ static bool llm__jinja_equal(llm__jinja_run *r, const llm__jinja_value *a, const
     switch (a->type) {
     case LLM__J_UNDEFINED:
     case LLM__J_NONE: return true;
-    case LLM__J_STR: return llm__str_equal(llm__jinja_str(a), llm__jinja_str(b));
+    case LLM__J_STR: return a->u.s.n == b->u.s.n && !llm__jinja_differ(r, a->u.s.at, b->u.s.at, a->u.s.n);
     case LLM__J_LIST:
         if (a->u.list->n != b->u.list->n || a->is_tuple != b->is_tuple) return false;
         for (size_t i = 0; i < a->u.list->n; i++)
@@ -7569,8 +7604,9 @@ static int llm__jinja_order(llm__jinja_run *r, const llm__jinja_value *a, const 
         return (x > y) - (x < y);
     }
     if (a->type == LLM__J_STR && b->type == LLM__J_STR) {
-        int order = llm__str_compare(llm__jinja_str(a), llm__jinja_str(b));
-        return (order > 0) - (order < 0);
+        size_t x = a->u.s.n, y = b->u.s.n;
+        int order = llm__jinja_differ(r, a->u.s.at, b->u.s.at, x < y ? x : y);
+        return order ? (order > 0) - (order < 0) : (x > y) - (x < y);
     }
     if (a->type == LLM__J_LIST && b->type == LLM__J_LIST) {
         for (size_t i = 0; i < a->u.list->n && i < b->u.list->n; i++) {
@@ -7584,38 +7620,45 @@ static int llm__jinja_order(llm__jinja_run *r, const llm__jinja_value *a, const 
 
 /* ---- Strings, as Python has them ---- */
 
-static size_t llm__jinja_length(const llm__jinja_value *s) {
+static size_t llm__jinja_length(llm__jinja_run *r, const llm__jinja_value *s) {
     size_t n = 0;
+    llm__jinja_bytes(r, s->u.s.n);
     for (size_t i = 0; i < s->u.s.n; i++) n += ((uint8_t)s->u.s.at[i] & 0xC0) != 0x80;
     return n;
 }
 
 /* The byte at which a character begins, by its index. */
-static size_t llm__jinja_byte_of(const llm__jinja_value *s, size_t index) {
+static size_t llm__jinja_byte_of(llm__jinja_run *r, const llm__jinja_value *s, size_t index) {
     size_t at = 0;
     for (; at < s->u.s.n; at++)
         if (((uint8_t)s->u.s.at[at] & 0xC0) != 0x80 && !index--) break;
+    llm__jinja_bytes(r, at);
     return at;
 }
 
 /* Finds `what` in s, from byte `from` on. Returns its first byte, or SIZE_MAX. */
 static size_t llm__jinja_search(llm__jinja_run *r, const llm__jinja_value *s, const llm__jinja_value *what,
                                 size_t from) {
-    size_t n = what->u.s.n;
-    for (size_t i = from; i + n <= s->u.s.n; i++) {
-        if (n && s->u.s.at[i] != what->u.s.at[0]) continue;
-        if (i % 64 == 0) llm__jinja_step(r, 1);
-        if (!n || !memcmp(s->u.s.at + i, what->u.s.at, n)) return i;
+    size_t n = what->u.s.n, i = from;
+    if (!n) return i <= s->u.s.n ? i : SIZE_MAX;
+    for (; i < s->u.s.n && n <= s->u.s.n - i; i++) {
+        const char *first = (const char *)memchr(s->u.s.at + i, what->u.s.at[0], s->u.s.n - n + 1 - i);
+        if (!first) break;
+        llm__jinja_bytes(r, (size_t)(first - s->u.s.at) - i + 16); /* 16: for the calls */
+        i = (size_t)(first - s->u.s.at);
+        if (!llm__jinja_differ(r, first, what->u.s.at, n)) return i;
     }
-    llm__jinja_step(r, s->u.s.n / 64);
+    llm__jinja_bytes(r, s->u.s.n - (i < s->u.s.n ? i : s->u.s.n));
     return SIZE_MAX;
 }
 
-static bool llm__jinja_in_set(const uint8_t *p, const uint8_t *end, const llm__jinja_value *set) {
-    size_t n = (size_t)(end - p);
-    for (size_t i = 0; i + n <= set->u.s.n; i++)
-        if (((uint8_t)set->u.s.at[i] & 0xC0) != 0x80 && !memcmp(set->u.s.at + i, p, n)) return true;
-    return false;
+static bool llm__jinja_in_set(llm__jinja_run *r, const uint8_t *p, const uint8_t *end, const llm__jinja_value *set) {
+    size_t n = (size_t)(end - p), i = 0;
+    bool found = false;
+    for (; !found && i + n <= set->u.s.n; i++)
+        found = ((uint8_t)set->u.s.at[i] & 0xC0) != 0x80 && !memcmp(set->u.s.at + i, p, n);
+    llm__jinja_bytes(r, i);
+    return found;
 }
 
 /* strip(), lstrip() and rstrip(): removes white space, or the characters of `set`. */
@@ -7624,16 +7667,16 @@ static llm__jinja_value llm__jinja_strip(llm__jinja_run *r, const llm__jinja_val
     const uint8_t *begin = (const uint8_t *)s->u.s.at, *p = begin, *end = p + s->u.s.n, *next;
     while (left && p < end) {
         bool space = (llm__unicode_class_at(r->classes, p, &next) & LLM__SPACE) || (*p >= 0x1C && *p <= 0x1F);
-        if (set ? !llm__jinja_in_set(p, next, set) : !space) break;
+        if (set ? !llm__jinja_in_set(r, p, next, set) : !space) break;
         p = next;
     }
     while (right && end > p) {
         const uint8_t *last = llm__utf8_before(end);
         bool space = (llm__unicode_class_at(r->classes, last, &next) & LLM__SPACE) || (*last >= 0x1C && *last <= 0x1F);
-        if (set ? !llm__jinja_in_set(last, end, set) : !space) break;
+        if (set ? !llm__jinja_in_set(r, last, end, set) : !space) break;
         end = last;
     }
-    llm__jinja_step(r, s->u.s.n / 64);
+    llm__jinja_bytes(r, s->u.s.n);
     return llm__jinja_part(s, (size_t)(p - begin), (size_t)(end - begin));
 }
 
@@ -7695,7 +7738,7 @@ static void llm__jinja_put_escaped(llm__jinja_run *r, llm__jinja_buffer *b, cons
         const char *found = s.u.s.at[i] ? strchr(special, s.u.s.at[i]) : NULL;
         if (!found) continue;
         llm__jinja_put_part(r, b, &s, from, i);
-        llm__jinja_put_text(r, b, escapes[found - special]);
+        llm__jinja_put_for(r, b, escapes[found - special], &s, i);
         from = i + 1;
     }
     llm__jinja_put_part(r, b, &s, from, s.u.s.n);
@@ -7734,9 +7777,11 @@ static llm__jinja_value llm__jinja_split(llm__jinja_run *r, const llm__jinja_val
         if (most >= 0) llm__jinja_error(r, "split at white space with a maximum is not supported");
         const uint8_t *base = (const uint8_t *)s->u.s.at, *p = base, *last = base + end;
         while (p < last) {
+            const uint8_t *start = p;
             p = llm__unicode_skip(r->classes, p, last, LLM__SPACE, true);
             const uint8_t *word = p;
             p = llm__unicode_skip(r->classes, p, last, LLM__SPACE, false);
+            llm__jinja_bytes(r, (size_t)(p - start));
             if (p > word) llm__jinja_add(r, list.u.list, llm__jinja_part(s, (size_t)(word - base), (size_t)(p - base)));
         }
         return list;
@@ -7784,8 +7829,10 @@ static void llm__jinja_put_float(llm__jinja_run *r, llm__jinja_buffer *b, double
                                     : "-inf");
         return;
     }
-    do snprintf(text, sizeof text, "%.*e", precision - 1, f);
-    while (strtod(text, NULL) != f && ++precision < 18);
+    do {
+        llm__jinja_step(r, 2);
+        snprintf(text, sizeof text, "%.*e", precision - 1, f);
+    } while (strtod(text, NULL) != f && ++precision < 18);
     const char *e = strchr(text, 'e');
     exponent = atoi(e + 1);
     char digits[24];
@@ -7840,7 +7887,7 @@ static void llm__jinja_put_repr(llm__jinja_run *r, llm__jinja_buffer *b, const l
             llm__jinja_put_part(r, b, s, (size_t)(p - begin), (size_t)(next - begin));
             continue;
         }
-        llm__jinja_put_text(r, b, text);
+        llm__jinja_put_for(r, b, text, s, (size_t)(p - begin));
     }
     llm__jinja_put_text(r, b, quote);
 }
@@ -7923,7 +7970,7 @@ static void llm__jinja_put_json_string(llm__jinja_run *r, llm__jinja_buffer *b, 
             llm__jinja_put_part(r, b, s, (size_t)(p - begin), (size_t)(next - begin));
             continue;
         }
-        llm__jinja_put_text(r, b, text);
+        llm__jinja_put_for(r, b, text, s, (size_t)(p - begin));
     }
     llm__jinja_put_text(r, b, "\"");
 }
@@ -8141,11 +8188,11 @@ static llm__jinja_value llm__jinja_item(llm__jinja_run *r, const llm__jinja_valu
     }
     if (key->type != LLM__J_INT && key->type != LLM__J_BOOL) return llm__jinja_undefined(nothing);
     if ((v->type != LLM__J_LIST || v->is_lazy) && v->type != LLM__J_STR) return llm__jinja_undefined(nothing);
-    int64_t n = (int64_t)(v->type == LLM__J_LIST ? v->u.list->n : llm__jinja_length(v)),
+    int64_t n = (int64_t)(v->type == LLM__J_LIST ? v->u.list->n : llm__jinja_length(r, v)),
             i = key->u.i < 0 ? key->u.i + n : key->u.i;
     if (i < 0 || i >= n) return llm__jinja_undefined(nothing);
     if (v->type == LLM__J_LIST) return v->u.list->items[i];
-    return llm__jinja_part(v, llm__jinja_byte_of(v, (size_t)i), llm__jinja_byte_of(v, (size_t)i + 1));
+    return llm__jinja_part(v, llm__jinja_byte_of(r, v, (size_t)i), llm__jinja_byte_of(r, v, (size_t)i + 1));
 }
 
 /* A bound of a slice of n items, by Python's rules. */
@@ -8163,12 +8210,12 @@ static llm__jinja_value llm__jinja_slice(llm__jinja_run *r, const llm__jinja_val
     if ((v->type != LLM__J_LIST || v->is_lazy) && v->type != LLM__J_STR) llm__jinja_type_error(r, "a slice", v);
     if (bounds[2].type != LLM__J_NONE && bounds[2].type != LLM__J_INT) llm__jinja_type_error(r, "a slice", &bounds[2]);
     if (step == 0 || step > INT32_MAX || step < -INT32_MAX) llm__jinja_error(r, "a slice's step is 0 or too large");
-    int64_t n = (int64_t)(v->type == LLM__J_LIST ? v->u.list->n : llm__jinja_length(v));
+    int64_t n = (int64_t)(v->type == LLM__J_LIST ? v->u.list->n : llm__jinja_length(r, v));
     int64_t from = llm__jinja_bound(r, &bounds[0], n, step, step < 0 ? n - 1 : 0);
     int64_t to = llm__jinja_bound(r, &bounds[1], n, step, step < 0 ? -1 : n);
     if (v->type == LLM__J_STR && step == 1) {
-        size_t begin = llm__jinja_byte_of(v, (size_t)from),
-               end = llm__jinja_byte_of(v, (size_t)(to > from ? to : from));
+        size_t begin = llm__jinja_byte_of(r, v, (size_t)from),
+               end = llm__jinja_byte_of(r, v, (size_t)(to > from ? to : from));
         return llm__jinja_part(v, begin, end);
     }
     const llm__jinja_list *items = llm__jinja_iterate(r, v);
@@ -8239,8 +8286,64 @@ static llm__jinja_value llm__jinja_range(llm__jinja_run *r, llm__jinja_args *a) 
 struct tm *localtime_r(const time_t *time, struct tm *date); /* hidden by -std=c99 if the host included time.h first */
 #endif
 
+/* A date by a format of strftime, in English. We do this ourselves, since the C library's result depends on the system
+   and the host's locale. After '%' a '-' removes zeros in front of a number. Text of the format stays the host's if it
+   is. */
+static llm__jinja_value llm__jinja_format_date(llm__jinja_run *r, const llm__jinja_value *format,
+                                               const struct tm *date) {
+    static const char *const months[] = {"January", "February", "March",     "April",   "May",      "June",
+                                         "July",    "August",   "September", "October", "November", "December"};
+    static const char *const days[] = {"Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"};
+    llm__jinja_buffer b = {NULL, NULL, 0, 0};
+    for (size_t i = 0, end; i < format->u.s.n; i = end) {
+        end = i + 1;
+        if (format->u.s.at[i] != '%') {
+            llm__jinja_put_part(r, &b, format, i, end);
+            continue;
+        }
+        bool bare = end < format->u.s.n && format->u.s.at[end] == '-';
+        end += bare;
+        char c = end < format->u.s.n ? format->u.s.at[end++] : 0, text[16];
+        int number = -1, width = 2;
+        const char *word = NULL;
+        switch (c) {
+        case 'Y':
+            number = date->tm_year + 1900;
+            width = 1;
+            break;
+        case 'y': number = date->tm_year % 100; break;
+        case 'm': number = date->tm_mon + 1; break;
+        case 'd': number = date->tm_mday; break;
+        case 'H': number = date->tm_hour; break;
+        case 'I': number = (date->tm_hour + 11) % 12 + 1; break;
+        case 'M': number = date->tm_min; break;
+        case 'S': number = date->tm_sec; break;
+        case 'j':
+            number = date->tm_yday + 1;
+            width = 3;
+            break;
+        case 'B':
+        case 'b': word = months[date->tm_mon]; break;
+        case 'A':
+        case 'a': word = days[date->tm_wday]; break;
+        case 'p': word = date->tm_hour < 12 ? "AM" : "PM"; break;
+        case '%': word = "%"; break;
+        default: break;
+        }
+        if (number < 0 && (!word || bare)) {
+            const uint8_t *next = (const uint8_t *)format->u.s.at + end; /* a whole character */
+            if (c) llm__utf8_decode(next - 1, &next);
+            llm__jinja_error(r, "strftime_now does not support \"%.*s\"",
+                             (int)(next - (const uint8_t *)format->u.s.at - (ptrdiff_t)i), format->u.s.at + i);
+        }
+        if (word) snprintf(text, sizeof text, c == 'a' || c == 'b' ? "%.3s" : "%s", word);
+        else snprintf(text, sizeof text, "%0*d", bare ? 1 : width, number);
+        llm__jinja_put_text(r, &b, text);
+    }
+    return llm__jinja_finish(&b);
+}
+
 static llm__jinja_value llm__jinja_strftime(llm__jinja_run *r, const llm__jinja_value *format) {
-    char text[256], copy[128];
     time_t now = time(NULL);
     struct tm date;
 #if defined(_WIN32)
@@ -8248,14 +8351,8 @@ static llm__jinja_value llm__jinja_strftime(llm__jinja_run *r, const llm__jinja_
 #else
     localtime_r(&now, &date);
 #endif
-    if (format->type != LLM__J_STR || format->u.s.n >= sizeof copy)
-        llm__jinja_error(r, "strftime_now needs a short format");
-    memcpy(copy, format->u.s.at, format->u.s.n);
-    copy[format->u.s.n] = 0;
-    size_t n = strftime(text, sizeof text, copy, &date);
-    llm__jinja_buffer b = {NULL, NULL, 0, 0};
-    llm__jinja_put(r, &b, text, n, NULL);
-    return llm__jinja_finish(&b);
+    if (format->type != LLM__J_STR) llm__jinja_type_error(r, "strftime_now", format);
+    return llm__jinja_format_date(r, format, &date);
 }
 
 static llm__jinja_value llm__jinja_call_function(llm__jinja_run *r, int number, llm__jinja_args *a) {
@@ -8324,7 +8421,7 @@ static llm__jinja_value llm__jinja_format(llm__jinja_run *r, const llm__jinja_va
 }
 
 /* Where the line that begins at byte `at` ends, by Python's rules, and in *next where the line after it begins. */
-static size_t llm__jinja_line_end(const llm__jinja_value *s, size_t at, size_t *next) {
+static size_t llm__jinja_line_end(llm__jinja_run *r, const llm__jinja_value *s, size_t at, size_t *next) {
     const uint8_t *begin = (const uint8_t *)s->u.s.at, *p = begin + at, *end = begin + s->u.s.n, *after = p;
     for (; p < end; p = after) {
         uint32_t c = llm__utf8_decode(p, &after);
@@ -8334,6 +8431,7 @@ static size_t llm__jinja_line_end(const llm__jinja_value *s, size_t at, size_t *
         }
     }
     *next = (size_t)(after - begin);
+    llm__jinja_bytes(r, *next - at);
     return (size_t)(p - begin);
 }
 
@@ -8361,8 +8459,9 @@ static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, 
         for (size_t i = 0; i < n; i++) {
             if (items[i].type != LLM__J_STR) llm__jinja_type_error(r, "startswith or endswith", &items[i]);
             size_t m = items[i].u.s.n;
-            if (m <= s->u.s.n &&
-                !memcmp(s->u.s.at + (number == LLM__JM_startswith ? 0 : s->u.s.n - m), items[i].u.s.at, m))
+            llm__jinja_step(r, 1);
+            if (m <= s->u.s.n && !llm__jinja_differ(r, s->u.s.at + (number == LLM__JM_startswith ? 0 : s->u.s.n - m),
+                                                    items[i].u.s.at, m))
                 return llm__jinja_bool(true);
         }
         return llm__jinja_bool(false);
@@ -8383,18 +8482,21 @@ static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, 
     case LLM__JM_count: {
         x = llm__jinja_str_arg(r, a, 0, "sub");
         if (!x || !x->u.s.n) llm__jinja_error(r, "find and count need a non-empty string");
-        int64_t count = 0, place = -1;
+        int64_t count = 0;
+        size_t place = SIZE_MAX;
         for (size_t at = 0, found; (found = llm__jinja_search(r, s, x, at)) != SIZE_MAX;
              at = number == LLM__JM_count ? found + x->u.s.n : found + 1) {
-            llm__jinja_value before = llm__jinja_part(s, 0, found);
             count++;
-            place = (int64_t)llm__jinja_length(&before);
+            place = found;
             if (number == LLM__JM_find) break;
         }
-        return llm__jinja_int(number == LLM__JM_count ? count : place);
+        if (number == LLM__JM_count) return llm__jinja_int(count);
+        llm__jinja_value before = llm__jinja_part(s, 0, place == SIZE_MAX ? 0 : place);
+        return llm__jinja_int(place == SIZE_MAX ? -1 : (int64_t)llm__jinja_length(r, &before));
     }
     case LLM__JM_join: {
         const llm__jinja_list *list = llm__jinja_iterate(r, llm__jinja_need_arg(r, a, 0, "iterable"));
+        llm__jinja_step(r, list->n);
         for (size_t i = 0; i < list->n; i++)
             if (list->items[i].type != LLM__J_STR) llm__jinja_type_error(r, "join", &list->items[i]);
         return llm__jinja_join(r, list, s);
@@ -8403,7 +8505,7 @@ static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, 
         llm__jinja_value list = llm__jinja_new_list(r);
         bool keep = llm__jinja_flag_arg(a, 0, "keepends", false);
         for (size_t at = 0, next; at < s->u.s.n; at = next) {
-            size_t end = llm__jinja_line_end(s, at, &next);
+            size_t end = llm__jinja_line_end(r, s, at, &next);
             llm__jinja_add(r, list.u.list, llm__jinja_part(s, at, keep ? next : end));
         }
         return list;
@@ -8414,11 +8516,12 @@ static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, 
         if (!x) llm__jinja_error(r, "removeprefix and removesuffix need a string");
         bool prefix = number == LLM__JM_removeprefix;
         size_t m = x->u.s.n, n = s->u.s.n;
-        if (m > n || memcmp(s->u.s.at + (prefix ? 0 : n - m), x->u.s.at, m)) return *s;
+        if (m > n || llm__jinja_differ(r, s->u.s.at + (prefix ? 0 : n - m), x->u.s.at, m)) return *s;
         return llm__jinja_part(s, prefix ? m : 0, prefix ? n : n - m);
     }
     case LLM__JM_isdigit:
     case LLM__JM_isspace:
+        llm__jinja_bytes(r, s->u.s.n);
         for (size_t i = 0; i < s->u.s.n; i++) {
             char c = s->u.s.at[i];
             if ((uint8_t)c >= 0x80) llm__jinja_error(r, "isdigit and isspace are supported for ASCII only");
@@ -8470,6 +8573,7 @@ static llm__jinja_value llm__jinja_path(llm__jinja_run *r, const llm__jinja_valu
     llm__jinja_value at = *v;
     if (path->type == LLM__J_INT) return llm__jinja_item(r, v, path);
     if (path->type != LLM__J_STR) llm__jinja_type_error(r, "an attribute's name", path);
+    llm__jinja_bytes(r, path->u.s.n);
     for (size_t from = 0; from <= path->u.s.n;) {
         size_t to = from;
         while (to < path->u.s.n && path->u.s.at[to] != '.') to++;
@@ -8586,6 +8690,7 @@ static llm__jinja_value llm__jinja_select(llm__jinja_run *r, int number, const l
     int test = name ? llm__jinja_find_test(llm__jinja_str(name)) : -1;
     if (name && test < 0) llm__jinja_error(r, "the test %.*s is not supported", LLM__SHOW(llm__jinja_str(name)));
     llm__jinja_args rest = llm__jinja_args_from(a, by_attribute + 1);
+    llm__jinja_step(r, items->n);
     for (size_t i = 0; i < items->n; i++) {
         llm__jinja_value v = by_attribute ? llm__jinja_path(r, &items->items[i], attribute) : items->items[i];
         bool holds = name ? llm__jinja_run_test(r, test, &v, &rest) : llm__jinja_truth(&v);
@@ -8626,6 +8731,7 @@ static llm__jinja_value llm__jinja_to_number(llm__jinja_run *r, const llm__jinja
     double d = 0;
     if (v->type == LLM__J_STR) {
         llm__jinja_value s = llm__jinja_strip(r, v, NULL, true, true);
+        llm__jinja_bytes(r, 4 * s.u.s.n); /* the digits are read several times */
         const char *p = s.u.s.at, *end = p + s.u.s.n;
         bool minus = p < end && *p == '-';
         p += p < end && (*p == '-' || *p == '+');
@@ -8698,11 +8804,11 @@ static llm__jinja_value llm__jinja_indent(llm__jinja_run *r, const llm__jinja_va
     }
     bool more = true; /* a line follows: the text does not end yet, or ends with a line's end */
     for (size_t at = 0, line = 0, next; more; at = next, line++) {
-        size_t end = llm__jinja_line_end(s, at, &next);
+        size_t end = llm__jinja_line_end(r, s, at, &next);
         more = next > end;
         if (line ? end > at || blank : first) llm__jinja_put_part(r, &b, &fill, 0, fill.u.s.n);
         llm__jinja_put_part(r, &b, s, at, end);
-        if (more) llm__jinja_put_text(r, &b, "\n");
+        if (more) llm__jinja_put_for(r, &b, "\n", s, end);
     }
     return llm__jinja_finish_like(&b, s);
 }
@@ -8711,7 +8817,7 @@ static llm__jinja_value llm__jinja_indent(llm__jinja_run *r, const llm__jinja_va
 static int64_t llm__jinja_size(llm__jinja_run *r, const llm__jinja_value *v) {
     if (v->type == LLM__J_LIST && !v->is_lazy) return (int64_t)v->u.list->n;
     if (v->type == LLM__J_DICT && !v->is_namespace) return (int64_t)(v->u.dict->n / 2);
-    if (v->type == LLM__J_STR) return (int64_t)llm__jinja_length(v);
+    if (v->type == LLM__J_STR) return (int64_t)llm__jinja_length(r, v);
     if (v->type != LLM__J_UNDEFINED) llm__jinja_type_error(r, "length", v);
     return 0;
 }
@@ -8769,7 +8875,7 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
         s = *v;
         if (llm__jinja_size(r, v) - most <= leeway) break;
         if (v->type != LLM__J_STR) llm__jinja_type_error(r, "truncate", v);
-        size_t cut = llm__jinja_byte_of(v, (size_t)(most - llm__jinja_size(r, &end)));
+        size_t cut = llm__jinja_byte_of(r, v, (size_t)(most - llm__jinja_size(r, &end)));
         for (size_t i = cut; i-- && !flag;)
             if (v->u.s.at[i] == ' ') {
                 cut = i;
@@ -8788,7 +8894,7 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
             llm__utf8_decode(p, &next);
             count += word && !inside;
         }
-        llm__jinja_step(r, s.u.s.n / 64);
+        llm__jinja_bytes(r, s.u.s.n);
         s = llm__jinja_int(count);
         break;
     }
@@ -8920,6 +9026,7 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
         x = llm__jinja_arg(a, 0, "attribute");
         const llm__jinja_value *start = llm__jinja_arg(a, 1, "start");
         s = start ? *start : llm__jinja_int(0);
+        llm__jinja_step(r, items->n);
         for (size_t i = 0; i < items->n; i++) {
             llm__jinja_value item = x ? llm__jinja_path(r, &items->items[i], x) : items->items[i];
             if (!llm__jinja_is_number(&item) || !llm__jinja_is_number(&s)) llm__jinja_type_error(r, "sum", &item);
@@ -13437,6 +13544,7 @@ LLM_API int64_t llm_chat_render(const llm_tokenizer *tokenizer, const llm_chat_d
 }
 
 LLM_API const char *llm_chat_template_text(const llm_tokenizer *tokenizer) { return tokenizer->chat_template; }
+LLM_API const char *llm_chat_problem(const llm_tokenizer *tokenizer) { return tokenizer->chat_problem; }
 
 /* ---- Tool calls ---- */
 

@@ -638,7 +638,9 @@ static bool command(repl *r, const char *line) {
 
 static int chat(repl *r) {
     int failed = 0;
-    const char *line;
+    const char *line, *problem = llm_chat_problem(llm_model_tokenizer(r->model));
+    if (problem && !r->opt.raw && !r->ranks.rank)
+        fprintf(stderr, "This model cannot chat: %s. --raw continues texts.\n", problem);
     if (!r->ranks.rank && isatty(STDIN_FILENO) && isatty(STDERR_FILENO)) open_editor(r);
     if (r->editor) greet(r);
     while ((line = next_line(r)) && !ferror(stdout)) {

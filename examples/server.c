@@ -1427,6 +1427,8 @@ int main(int argc, char **argv) {
             !pthread_create(&thread, NULL, wait_for_signals, &s);
     if (ready) {
         const union MHD_DaemonInfo *info = MHD_get_daemon_info(daemon, MHD_DAEMON_INFO_BIND_PORT);
+        const char *problem = llm_chat_problem(llm_model_tokenizer(s.model));
+        if (problem) fprintf(stderr, "server: /v1/chat/completions will fail: %s\n", problem);
         fprintf(stderr, "server: %s listens on http://%s:%d\n", s.opt.name, s.opt.host, info ? info->port : s.opt.port);
         work(&s);
     } else fprintf(stderr, "server: %s\n", err.message);

@@ -169,6 +169,15 @@ check "no input ends the chat" both code_is 0 no_text
 code=$?
 check "a closed input ends the chat" both code_is 0 no_text
 
+# A model whose template cannot be run: a warning when the chat starts, none where no chat does.
+echo '{{ messages|groupby("role") }}' >"$tmp/template"
+python3 tests/with_template.py "$model" "$tmp/template" "$tmp/model.gguf"
+input='' bare -m "$tmp/model.gguf" --dtype int4
+check "a chat starts with a warning if the template cannot be run" both err_has "cannot chat: .*the filter groupby is not supported" code_is 0
+input='' bare -m "$tmp/model.gguf" --dtype int4 --raw
+check "--raw needs no template" both err_lines_are 0 code_is 0
+rm "$tmp/model.gguf"
+
 input='/stats\n/nonsense\n/help\n\n/quit\nnot answered\n' run
 check "commands give no text" both code_is 0 no_text
 check "/stats before the first answer" err_has "Nothing has been answered"

@@ -322,6 +322,17 @@ check "tools: mistral" python3 tests/server_tools.py "$url" mistral
 kill $pid
 wait $pid
 
+# A model whose template cannot be run continues texts, and its chats fail with the reason, which is also printed.
+echo '{{ messages|groupby("role") }}' >"$tmp/template"
+python3 tests/with_template.py "$model" "$tmp/template" "$tmp/model.gguf"
+check "starts with a template that it cannot run" start --model "$tmp/model.gguf"
+check "the reason is printed at the start" grep -q "will fail.*the filter groupby is not supported" "$tmp/log"
+check "a chat fails with the reason" refuses 400 "the filter groupby is not supported" $chat "{$question}"
+post $text '{"prompt":"Hi","max_tokens":2}'
+check "a text is continued" test "$code" = 200
+kill $pid
+wait $pid
+
 # The server answers more connections than select() can handle.
 if ulimit -n 3000 2>/dev/null; then
     check "starts for many connections" start --queue 2000
