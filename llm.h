@@ -943,8 +943,9 @@ typedef struct llm_generate_desc {
     /* With keep_free: if the sequence holds the turns that stay behind those that are left out, they are not computed
        again, but moved by llm_seq_shift, which says how the results differ. If they are fewer than LLM_CACHE_BLOCK / 2
        tokens, or if the cache has no room for copies of blocks that a fork shares, they are computed as without
-       `shift`. With or without keep_free: only if this is true is reused what was shifted before. llm_stats.n_reused
-       counts it. seq must not be LLM_SEQ_ANY, because what the library keeps for all must not depend on one text. */
+       `shift`. What was shifted before is reused only if this is true, with or without keep_free; llm_stats.n_reused
+       counts it. seq must not be LLM_SEQ_ANY, because what the library keeps for all must not depend on one text. A
+       backend that cannot shift refuses this with LLM_ERROR_UNSUPPORTED. */
     bool shift;
 
     int seq;                         /* the sequence to use, or LLM_SEQ_ANY */
@@ -1089,8 +1090,8 @@ LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int lengt
 /* Removes the n tokens from position `begin` on, and moves all later ones n positions towards the beginning: their keys
    are rotated to the new positions, their values stay. That costs little, but it is not what computing the shorter text
    would give. Above the first layer, keys and values keep what they knew of the removed tokens, and each shift rounds
-   the keys of a bf16 or int8 cache once more. The results are the same bits on every machine, and usually good enough
-   to go on with if the first tokens of the text stay, which models need.
+   the keys of a bf16 or int8 cache once more. The results are the same bits on every machine. Texts usually go on
+   almost as well as after computing them again; but models depend on the first tokens of a text, so these should stay.
    What was moved is marked, and so is what is computed after it. Functions that look for the beginning of a prompt in
    the cache do not use it, except with llm_generate_desc.shift; nor is it ever used for another sequence, except by
    llm_seq_fork and llm_seq_restore. Forks of this sequence do not change: blocks that they share are copied first. If

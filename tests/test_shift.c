@@ -309,6 +309,31 @@ static void test_no_room(void **state) {
     close_context(ctx);
 }
 
+/* A backend without the function is refused by its name, and nothing changes. */
+static void test_unsupported(void **state) {
+    llm_model *model = load_tiny(&SPEC, LLM_DTYPE_F32);
+    llm_backend other = *llm_model_get_info(model).backend;
+    llm_model_desc desc = {.dtype = LLM_DTYPE_F32, .n_threads = 1, .backend = &other};
+    llm_error err;
+    (void)state;
+    llm_model_free(model);
+    other.name = "other";
+    other.shift = NULL;
+    if (try_tiny(&model, &SPEC, desc, &err)) fail_msg("%s", err.message);
+    llm_context *ctx = create_context(model, &(llm_context_desc){.n_ctx = 100, .n_threads = 1});
+    llm_token text[70];
+    fill(text, 0, 70);
+    append(ctx, 0, text, 70);
+    assert_int_equal(llm_seq_shift(ctx, 0, 5, 5, &err), LLM_ERROR_UNSUPPORTED);
+    assert_non_null(strstr(err.message, "\"other\""));
+    llm_generate_desc generate = {.tokens = text, .n_tokens = 20, .max_tokens = 1, .shift = true};
+    assert_int_equal(llm_generate(ctx, &generate, NULL, &err), LLM_ERROR_UNSUPPORTED);
+    assert_non_null(strstr(err.message, "\"other\""));
+    assert_int_equal(llm_seq_length(ctx, 0), 70);
+    assert_memory_equal(llm_seq_tokens(ctx, 0), text, sizeof text);
+    close_context(ctx);
+}
+
 static uint32_t below(uint32_t *random, uint32_t n) {
     *random = *random * 1664525u + 1013904223u;
     return (uint32_t)((uint64_t)*random * n >> 32);
@@ -534,6 +559,7 @@ static void test_chat_no_room(void **state) {
         if (llm_generate(ctx, &desc, &stats, &err)) fail_msg("%s", err.message);
         assert_true(stats.n_left_out > 0);
         assert_true(i ? stats.n_reused == stats.n_prompt - 1 : stats.n_reused < 60);
+        assert_int_equal(err.code, LLM_OK);
         if (i == 0) {
             const llm_token last = llm_seq_tokens(ctx, 0)[stats.n_prompt - 1];
             append(own, 0, llm_seq_tokens(ctx, 0), stats.n_prompt);
@@ -667,9 +693,9 @@ static void test_text(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_keys),    cmocka_unit_test(test_partial),           cmocka_unit_test(test_arguments),
-        cmocka_unit_test(test_no_room), cmocka_unit_test(test_random_operations), cmocka_unit_test(test_marks),
-        cmocka_unit_test(test_chat),    cmocka_unit_test(test_chat_no_room),      cmocka_unit_test(test_ranks),
-        cmocka_unit_test(test_text)};
+        cmocka_unit_test(test_keys),    cmocka_unit_test(test_partial),     cmocka_unit_test(test_arguments),
+        cmocka_unit_test(test_no_room), cmocka_unit_test(test_unsupported), cmocka_unit_test(test_random_operations),
+        cmocka_unit_test(test_marks),   cmocka_unit_test(test_chat),        cmocka_unit_test(test_chat_no_room),
+        cmocka_unit_test(test_ranks),   cmocka_unit_test(test_text)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
