@@ -1026,8 +1026,9 @@ typedef struct llm_stats {
    cancelled or failed, the sequence holds what its finished passes (of n_batch tokens) computed, and the same call goes
    on from there. A token may be any bytes, so a text that is encoded again need not give the tokens that were drawn: to
    continue it without computing it again, pass `tokens`. A sampler that leaves no token (all forbidden) is
-   LLM_ERROR_ARGUMENT, and a logit that is NaN LLM_ERROR_FORMAT. A grammar may turn out to be too ambiguous for an
-   answer in the middle of it: LLM_ERROR_UNSUPPORTED. After such an error, what was shown stays in the sequence. */
+   LLM_ERROR_ARGUMENT, and a logit that is NaN LLM_ERROR_FORMAT. A grammar may turn out to be too ambiguous in
+   the middle of an answer (see Grammars): LLM_ERROR_UNSUPPORTED. The sequence then holds what was shown, except the
+   last token. */
 LLM_API llm_status llm_generate(llm_context *ctx, const llm_generate_desc *desc, llm_stats *stats, llm_error *err);
 
 /* Runs the prompt only, so that a later llm_generate with a prompt that begins like this one answers at once.
@@ -1204,8 +1205,8 @@ LLM_API int llm_log_probs(llm_context *ctx, int i, llm_token token, float *chose
    error.
    A grammar that was accepted can still fail within an answer, if the text so far can be read in too many ways (more
    than 16,384 at one place, or states of more than 128 MB). llm_generate then fails with LLM_ERROR_UNSUPPORTED, "the
-   grammar is too ambiguous". Usual grammars and schemas are far from this; counted repetitions inside counted
-   repetitions, as in (a{1,300}){1,300}, can come there. The grammar can be used for another answer.
+   grammar is too ambiguous". It takes much ambiguity, such as that of counted repetitions inside counted repetitions:
+   (a{1,300}){1,300}. The grammar can be used for another answer.
    Where only one token is allowed, it is not computed alone: up to LLM_DRAFT_MAX such tokens and the next one that is
    drawn take one pass. The text is the same. In llm_stats.draft they count as guesses that were right. Their logits are
    computed only if on_log_probs, a mask, biases, XTC or mirostat need them; the context's n_logits then limits how many

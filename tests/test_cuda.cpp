@@ -520,6 +520,18 @@ static void tell(llm_context *ctx, llm_sampler sampler, llm_generate_desc desc, 
     s->hash = hash_logits(ctx, 0, 0);
 }
 
+/* What a story tells, and what it leaves in the cache. */
+static void assert_same_story(const story &a, const story &b) {
+    assert_int_equal(a.n_tokens, b.n_tokens);
+    assert_memory_equal(a.tokens, b.tokens, sizeof a.tokens);
+    assert_string_equal(a.text.c_str(), b.text.c_str());
+    assert_int_equal(a.stats.stop, b.stats.stop);
+    assert_int_equal(a.stats.stop_index, b.stats.stop_index);
+    assert_int_equal(a.n_drawn, b.n_drawn);
+    assert_int_equal(a.length, b.length);
+    assert_int_equal(a.hash, b.hash);
+}
+
 /* Generates with tokens picked on the GPU and on the host, and compares. A bias, even of 0, makes the host pick. */
 static story tells_the_same(llm_context *ctx, llm_sampler sampler, const llm_generate_desc &desc, int refused_at = 0,
                             int cancelled_at = 0) {
@@ -532,16 +544,9 @@ static story tells_the_same(llm_context *ctx, llm_sampler sampler, const llm_gen
         sampler.n_biases = i;
         tell(ctx, sampler, desc, &stories[i]);
     }
-    assert_int_equal(stories[0].n_tokens, stories[1].n_tokens);
-    assert_memory_equal(stories[0].tokens, stories[1].tokens, sizeof stories[0].tokens);
-    assert_string_equal(stories[0].text.c_str(), stories[1].text.c_str());
-    assert_int_equal(stories[0].stats.stop, stories[1].stats.stop);
-    assert_int_equal(stories[0].stats.stop_index, stories[1].stats.stop_index);
+    assert_same_story(stories[0], stories[1]);
     assert_int_equal(stories[0].stats.n_decode_passes, stories[1].stats.n_decode_passes);
     assert_int_equal(stories[0].stats.decode_bytes, stories[1].stats.decode_bytes);
-    assert_int_equal(stories[0].n_drawn, stories[1].n_drawn);
-    assert_int_equal(stories[0].length, stories[1].length);
-    assert_int_equal(stories[0].hash, stories[1].hash);
     return stories[0];
 }
 
@@ -665,6 +670,74 @@ static void test_bursts_of_all_modes(void **state) {
         llm_model *model = load(&TINY_ODD, llm_cuda_backend_mode((llm_cuda_mode)mode));
         llm_context *ctx = create_for_text(model, 100);
         tells_the_same(ctx, SAMPLERS[2], desc);
+        close_context(ctx);
+    }
+}
+
+/* ---- Masks and grammars, with which the host picks ---- */
+
+static void change_nothing(void *, const llm_token *, int, float *, int) {}
+
+/* Forbids what is not ASCII, and BOS, the last token. */
+static void only_ascii(void *, const llm_token *, int, float *logits, int n_vocab) {
+    for (int i = 128; i < n_vocab; i++)
+        if (i < 256 || i == n_vocab - 1) logits[i] = -INFINITY;
+}
+
+static story tell_masked(llm_context *ctx, llm_sampler sampler, llm_generate_desc desc,
+                         void (*mask)(void *user, const llm_token *tokens, int n, float *logits, int n_vocab),
+                         llm_grammar *grammar = NULL) {
+    story s = {};
+    sampler.mask = mask;
+    sampler.mask_user = grammar;
+    tell(ctx, sampler, desc, &s);
+    return s;
+}
+
+/* In each mode: a mask that changes nothing gives the text that the GPU picks alone; a grammar that allows all ASCII
+   gives the text of a mask that does; and where a schema forces tokens, which are computed several at a time, the text
+   is the one that its masks give token by token. */
+static void test_masks_and_grammars(void **state) {
+    static const char *const COLOURS =
+        "{\"type\":\"object\",\"properties\":{\"colour\":{\"enum\":[\"red\",\"blue\"]},\"transparent\":{\"type\":"
+        "\"boolean\"}},\"required\":[\"colour\",\"transparent\"],\"additionalProperties\":false}";
+    (void)state;
+    for (int mode = LLM_CUDA_GRAPH; mode <= LLM_CUDA_EAGER; mode++) {
+        llm_model *model = load(&SMALL, llm_cuda_backend_mode((llm_cuda_mode)mode));
+        llm_context *ctx = create_for_text(model, 300);
+        llm_grammar *ascii = NULL, *colours = NULL;
+        const llm_tokenizer *tokenizer = llm_model_tokenizer(model);
+        assert_int_equal(llm_grammar_from_regex(&ascii, tokenizer, "[\\x00-\\x7F]*", NULL, NULL), LLM_OK);
+        assert_int_equal(llm_grammar_from_json_schema(&colours, tokenizer, COLOURS, NULL, NULL), LLM_OK);
+        for (int i = SANITIZED ? 2 : 0; i < 3; i += 2) {
+            llm_generate_desc desc = {};
+            desc.max_tokens = SANITIZED ? 6 : 20;
+            desc.ignore_end = true;
+            const story plain = tell_masked(ctx, SAMPLERS[i], desc, NULL);
+            assert_same_story(tell_masked(ctx, SAMPLERS[i], desc, change_nothing), plain);
+            desc.ignore_end = false;
+            const story expected = tell_masked(ctx, SAMPLERS[i], desc, only_ascii);
+            desc.grammar = ascii;
+            assert_same_story(tell_masked(ctx, SAMPLERS[i], desc, NULL), expected);
+            for (int n = 12; n <= 100; n += 88) { /* a part of the answer, and all of it */
+                desc.max_tokens = n;
+                desc.grammar = colours;
+                const story quick = tell_masked(ctx, SAMPLERS[i], desc, NULL);
+                desc.grammar = NULL;
+                llm_grammar_begin(colours, 5); /* the prompt's tokens */
+                const story slow = tell_masked(ctx, SAMPLERS[i], desc, llm_grammar_mask, colours);
+                if (n == 12) assert_same_story(quick, slow);
+                assert_int_equal(quick.stats.stop, n == 12 ? LLM_STOP_LENGTH : LLM_STOP_END);
+                assert_int_equal(slow.stats.stop, quick.stats.stop);
+                assert_string_equal(slow.text.c_str(), quick.text.c_str());
+                assert_int_equal(llm_grammar_check(colours, quick.text.c_str(), quick.text.size()), n > 12);
+                const int n_forced = quick.stats.draft.n_accepted, n_end = n > 12; /* END is drawn, if by masks alone */
+                assert_int_equal(quick.stats.n_decode_passes + n_forced + n_end, slow.stats.n_decode_passes);
+                assert_true(n_forced > 5 || n == 12);
+            }
+        }
+        llm_grammar_free(ascii);
+        llm_grammar_free(colours);
         close_context(ctx);
     }
 }
@@ -2210,6 +2283,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_bursts),
         cmocka_unit_test(test_nan),
         cmocka_unit_test(test_bursts_of_all_modes),
+        cmocka_unit_test(test_masks_and_grammars),
         cmocka_unit_test(test_scores),
         cmocka_unit_test(test_scores_against_logits),
         cmocka_unit_test(test_limits_are_measured),

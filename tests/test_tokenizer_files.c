@@ -1,6 +1,6 @@
 /* tokenizer.json and tokenizer.model: small files of each kind give the same ids as Hugging Face's tokenizers,
-   sentencepiece and tiktoken (tokenizer/families.py, tokenizer/meta.py). Long texts have the same ids without the memory
-   of words. Also tokenizer_config.json and other files next to them, hostile files, and failing allocations.
+   sentencepiece and tiktoken (tokenizer/families.py, tokenizer/meta.py). Long texts have the same ids without the
+   memory of words. Also tokenizer_config.json and other files next to them, hostile files, and failing allocations.
    Variants: asan cross */
 #include "tests/check.h"
 #define LLM_IMPLEMENTATION
