@@ -1,6 +1,6 @@
 /* llm_seq_shift and llm_generate_desc.shift: the keys that a shift moves against an independent rotation and against
    those of the shorter text, forks, a full cache, saving, ranks, conversations that outgrow their sequence.
-   Variants: asan tsan */
+   Variants: asan */
 #include "tests/check.h"
 #include "llm.h"
 #include "tests/ranks.h"
