@@ -37,7 +37,8 @@ static void check_tiny(int type, const char *isa) {
     if (!model) skip(); /* this machine does not have the instruction set */
     const bool slow = !strcmp(isa, "scalar");
     const int step = !slow ? 1 : OTHER_COMPILER ? WAYS : emulated() ? 3 : 1;
-    for (int count = emulated() || THREAD_SANITIZED; count < (emulated() || OTHER_COMPILER || slow ? 2 : COUNTS); count++) {
+    for (int count = emulated() || THREAD_SANITIZED; count < (emulated() || OTHER_COMPILER || slow ? 2 : COUNTS);
+         count++) {
         int n_threads = THREADS[count];
         if (THREAD_SANITIZED && n_threads > 2 && strcmp(isa, "avx2")) break;
         llm_context *ctx = create(model, e->cache, n_threads, 0), *small = create(model, e->cache, n_threads, 37);
