@@ -11,6 +11,9 @@
     progress to standard error. With --results each answer is written to the file at once. After any interruption, the
     same command resumes.
 
+    This program uses a few private functions of llm.h (llm__...), such as its clock. Other programs should not, because
+    these may change.
+
     TEXT AND TOKENS are those of the LM evaluation harness (0.4.13):
 
     A .jsonl file is the data set as its authors publish it. From it come
