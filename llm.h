@@ -325,9 +325,9 @@
         more than 256 MB of memory or 4 million steps, which take a few seconds at most. Tool calls in other forms than
         those of llm_tool_calls_read stay text.
         JSON Schema: the keywords under Grammars. A schema with another keyword is refused, and the message names it.
-        Full sequences: after old messages were left out (keep_free), the others are computed again, or on the CPU, if
-        the host wishes (shift), moved; then the results are not those of the shorter text. A text that fills its
-        sequence ends.
+        Full sequences: after old messages were left out (keep_free), the others are computed again. On the CPU the host
+        may have them moved instead (shift), but then the results differ from those of the shorter text. A text that
+        fills its sequence ends.
 
     COMPILE-TIME OPTIONS, defined before the include
 
@@ -940,12 +940,12 @@ typedef struct llm_generate_desc {
        needed. LLM_ERROR_CONTEXT_FULL if the last turn alone is too long. */
     int keep_free;
 
-    /* With keep_free: if the sequence holds the turns that stay behind those that are left out, they are not computed
-       again, but moved by llm_seq_shift, which says how the results differ. If they are fewer than LLM_CACHE_BLOCK / 2
-       tokens, or if the cache has no room for copies of blocks that a fork shares, they are computed as without
-       `shift`. What was shifted before is reused only if this is true, with or without keep_free; llm_stats.n_reused
-       counts it. seq must not be LLM_SEQ_ANY, because what the library keeps for all must not depend on one text. A
-       backend that cannot shift refuses this with LLM_ERROR_UNSUPPORTED. */
+    /* With keep_free: the turns that stay are moved by llm_seq_shift, if the sequence holds them, and are not computed
+       again. llm_seq_shift says how the results differ. Fewer than LLM_CACHE_BLOCK / 2 tokens are computed again; so
+       are all if there is no room for copies of the blocks that a fork shares. What was moved before is reused only by a
+       call with `shift`, with or without keep_free; llm_stats.n_reused counts it. `seq` must name a sequence: those
+       behind LLM_SEQ_ANY serve all texts, and must not depend on one of them. A backend that cannot shift refuses this
+       with LLM_ERROR_UNSUPPORTED. */
     bool shift;
 
     int seq;                         /* the sequence to use, or LLM_SEQ_ANY */
@@ -10023,11 +10023,11 @@ static size_t llm__bpe_join_bytes(size_t slots) { return (llm__bpe_join_bits(slo
 
 static int llm__bpe_join_kind(int n_left, int n_right) { return 3 * n_left + n_right - 4; }
 
-/* Bits of the kinds of pieces that have at most 0, 1, 2 or any number of bytes before the place, or behind it. */
+/* [n] the kinds (bits) of pieces that have at most n bytes before the place, or after it. n = 3: any number. */
 static const uint16_t llm__bpe_few_left[4] = {0, 0x007, 0x03F, 0x1FF}, llm__bpe_few_right[4] = {0, 0x049, 0x0DB, 0x1FF};
 
-/* True if there is a piece of one of these kinds that crosses the place p between two characters that are not ASCII, in
-   a word from `begin` to `end`. */
+/* Does a piece of one of these kinds cross p? Two characters that are not ASCII meet there, in a word from `begin` to
+   `end`. */
 static bool llm__bpe_joins(const llm_tokenizer *t, const uint8_t *begin, const uint8_t *p, const uint8_t *end,
                            unsigned kinds) {
     const size_t n_left = (size_t)(p - begin), n_right = (size_t)(end - p);
@@ -10122,7 +10122,7 @@ static size_t llm__bpe_char_symbols(llm__env *env, const llm_tokenizer *t, const
         next = whole ? p + length : end;
         bool free_right = whole && next == end, next_free = false;
         if (whole && length > 1 && next < end && *next >= 0xC0) {
-            free_right = !llm__bpe_joins(t, begin, next, end, llm__bpe_few_left[length - 1]);
+            free_right = free_left && !llm__bpe_joins(t, begin, next, end, llm__bpe_few_left[length - 1]);
             next_free = !llm__bpe_joins(t, begin, next, end, llm__bpe_few_right[llm__utf8_bytes_from(*next) - 1]);
         }
         llm_token id = LLM__NONE;
@@ -10478,7 +10478,7 @@ typedef struct llm__enc_job {
     llm_token *ids;
     size_t capacity, count;
     llm_token last;
-    bool after_bos;              /* the BOS that the file asks for is the only token so far */
+    bool after_bos;              /* the only token so far is BOS */
     const uint8_t *stop;         /* the end of the memory that holds the words */
     union llm__enc_known *known; /* [2^known_bits]; NULL: no words are remembered */
     int known_bits;
@@ -14003,7 +14003,6 @@ enum {
     LLM__PANEL_ROWS = 512,
     LLM__BLOCKS_2_4 = 16,  /* blocks of a 2:4 tile that are unpacked at once for many rows: 16 KB */
     LLM__AHEAD_2_4 = 2048, /* bytes of a 2:4 tile by which it is prefetched */
-    LLM__UNPACK_2_4 = 5,   /* min rows for which that is done */
     LLM__MAX_RUN = 128     /* tokens of the vocabulary that share one maximum in the sampler; a multiple of 16 */
 };
 
@@ -17977,17 +17976,11 @@ typedef struct llm__cache_move {
 /* Copies one head's value, with its scale. */
 static void llm__cache_move_value(const llm__cpu_context *c, uint8_t *to, int to_place, uint8_t *from, int from_place) {
     const llm__weight_type kind = c->cache_kind;
-    const size_t bytes = kind == LLM__W_INT8   ? 1
-                         : kind == LLM__W_BF16 ? 2
-                                               : 4,
-                 tile = llm__matrix_tile_bytes(kind, LLM_CACHE_BLOCK),
-                 to_index = llm__matrix_tile_index(kind, 0, (size_t)to_place, LLM_CACHE_BLOCK),
-                 from_index = llm__matrix_tile_index(kind, 0, (size_t)from_place, LLM_CACHE_BLOCK),
-                 step = kind == LLM__W_BF16 ? 2 : 1;
-    for (size_t d = 0; d < (size_t)c->model->shape.head_dim; d++) {
-        size_t at = d / 16 * tile + d % 16 * step * bytes;
-        memcpy(to + at + to_index * bytes, from + at + from_index * bytes, bytes);
-    }
+    const size_t n = LLM_CACHE_BLOCK, tile = llm__matrix_tile_bytes(kind, n);
+    const size_t bytes = kind == LLM__W_INT8 ? 1 : kind == LLM__W_BF16 ? 2 : 4;
+    for (size_t d = 0; d < (size_t)c->model->shape.head_dim; d++)
+        memcpy(to + d / 16 * tile + bytes * llm__matrix_tile_index(kind, d % 16, (size_t)to_place, n),
+               from + d / 16 * tile + bytes * llm__matrix_tile_index(kind, d % 16, (size_t)from_place, n), bytes);
     if (kind == LLM__W_INT8) llm__cache_value_scales(c, to)[to_place] = llm__cache_value_scales(c, from)[from_place];
 }
 
@@ -28594,8 +28587,8 @@ typedef struct llm__gen_turns {
     llm__gen_message *messages; /* [n_messages] */
     llm_message *left;          /* [n_messages] what is left; NULL with messages_json: */
     char *left_json;
-    int n_kept; /* the first n_kept messages stay, */
-    int *cuts;  /* [n_cuts] those before one of these are left out; at most n_messages */
+    int n_kept; /* the first n_kept messages stay; what follows them may begin at one of these: */
+    int *cuts;  /* [n_cuts, at most n_messages] */
     int n_cuts;
 } llm__gen_turns;
 
@@ -28618,30 +28611,31 @@ static bool llm__gen_has_role(const llm__json *message, const char *role) {
     return v && v->type == LLM__JSON_STRING && llm__str_is(v->string, role);
 }
 
-/* Finds the messages in messages_json. */
+/* Finds the messages in messages_json. Rendering checks what follows the list. */
 static void llm__gen_read_json(llm__env *env, llm__gen_turns *t) {
-    const char *text = t->chat.messages_json;
-    size_t n = strlen(text);
-    const llm__json *message = llm__chat_json(env, text, "messages_json", LLM__JSON_ARRAY)->first;
+    const char *text = t->chat.messages_json, *file = env->file;
+    size_t n = strlen(text), room = 0;
     llm__json_reader r = llm__json_open(env, text, n);
-    size_t room = 0;
+    env->file = "messages_json";
     llm__json_expect(&r, '[', "a list is expected");
-    for (; message; message = message->next) {
+    while (llm__json_peek(&r) != ']') {
+        if (t->n_messages) llm__json_expect(&r, ',', "a comma or ] is expected");
+        llm__json_peek(&r);
+        llm__json *message = llm__json_node(&r);
+        llm__gen_message m = {r.at, 0, false, false};
+        llm__json_read(&r, message, 1);
+        m.n = (size_t)(r.at - m.at);
+        m.is_system = llm__gen_has_role(message, "system");
+        m.is_user = llm__gen_has_role(message, "user");
         t->messages =
             (llm__gen_message *)llm__alloc_grow(env, t->messages, (size_t)t->n_messages, &room, sizeof *t->messages);
-        llm__gen_message *m = &t->messages[t->n_messages++];
-        llm__json_peek(&r);
-        m->at = r.at;
-        llm__json_read(&r, llm__json_node(&r), 1);
-        m->n = (size_t)(r.at - m->at);
-        m->is_system = llm__gen_has_role(message, "system");
-        m->is_user = llm__gen_has_role(message, "user");
-        if (message->next) llm__json_expect(&r, ',', "a comma is expected");
+        t->messages[t->n_messages++] = m;
     }
-    t->left_json = (char *)llm__alloc(env, n + 2, 1);
+    env->file = file;
+    t->left_json = (char *)llm__alloc(env, n + 1, 1);
 }
 
-/* Finds the places where the rest may begin: for each step of so many bytes, the first turn behind it. A turn begins
+/* Finds the messages at which the rest may begin: the first turn after each multiple of `step` bytes. A turn begins
    with a message of the user. */
 static void llm__gen_find_cuts(llm__gen_turns *t, size_t step) {
     size_t bytes = 0, least = step;
@@ -30522,6 +30516,7 @@ SOFTWARE.
 #define v_even LLM__FN(v_even)
 #define v_odd LLM__FN(v_odd)
 #define v_round_bf16 LLM__FN(v_round_bf16)
+#define v_words LLM__FN(v_words)
 #define v_int8 LLM__FN(v_int8)
 #define v_half LLM__FN(v_half)
 #define v_store_bytes LLM__FN(v_store_bytes)
@@ -30632,6 +30627,10 @@ LLM__INLINE V v_round_bf16(V a) {
     __m512i up =
         _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7FFF));
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(u, up), _mm512_set1_epi32(-65536)));
+}
+LLM__INLINE V v_words(V low, V high) {
+    return _mm512_castsi512_ps(
+        _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high)));
 }
 LLM__INLINE V v_times_pow2(V a, V n) {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
@@ -30767,6 +30766,12 @@ LLM__INLINE V v_round_bf16(V a) {
     LLM__BOTH(_mm256_castsi256_ps(LLM__FN(half_round)(_mm256_castps_si256(a.lo))),
               _mm256_castsi256_ps(LLM__FN(half_round)(_mm256_castps_si256(a.hi))));
 }
+LLM__INLINE __m256 LLM__FN(half_words)(__m256 low, __m256 high) {
+    return _mm256_or_ps(_mm256_castsi256_ps(_mm256_srli_epi32(_mm256_castps_si256(low), 16)), high);
+}
+LLM__INLINE V v_words(V low, V high) {
+    LLM__BOTH(LLM__FN(half_words)(low.lo, high.lo), LLM__FN(half_words)(low.hi, high.hi));
+}
 LLM__INLINE __m256 LLM__FN(half_times_pow2)(__m256 a, __m256 n) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
 }
@@ -30880,6 +30885,10 @@ LLM__INLINE uint32x4_t LLM__FN(quarter_round)(uint32x4_t u) {
 LLM__INLINE V v_round_bf16(V a) {
     LLM__QUARTERS(vreinterpretq_f32_u32(LLM__FN(quarter_round)(vreinterpretq_u32_f32(a.q[i]))));
 }
+LLM__INLINE V v_words(V low, V high) {
+    LLM__QUARTERS(vreinterpretq_f32_u32(
+        vorrq_u32(vshrq_n_u32(vreinterpretq_u32_f32(low.q[i]), 16), vreinterpretq_u32_f32(high.q[i]))));
+}
 LLM__INLINE V v_times_pow2(V a, V n) {
     LLM__QUARTERS(vreinterpretq_f32_u32(
         vaddq_u32(vreinterpretq_u32_f32(a.q[i]), vshlq_n_u32(vreinterpretq_u32_f32(n.q[i]), 23))));
@@ -30952,6 +30961,9 @@ LLM__INLINE v_ints v_dot_bytes(const bool SIGNED, v_ints sum, v_bytes w, int32_t
 LLM__INLINE V v_round_bf16(V a) {
     LLM__LANES(llm__f32_from_bits((llm__f32_bits(a.f[i]) + 0x7FFF + (llm__f32_bits(a.f[i]) >> 16 & 1)) & 0xFFFF0000));
 }
+LLM__INLINE V v_words(V low, V high) {
+    LLM__LANES(llm__f32_from_bits(llm__f32_bits(low.f[i]) >> 16 | llm__f32_bits(high.f[i])));
+}
 LLM__INLINE V v_times_pow2(V a, V n) {
     LLM__LANES(llm__f32_from_bits(llm__f32_bits(a.f[i]) + (llm__f32_bits(n.f[i]) << 23)));
 }
@@ -30964,7 +30976,8 @@ LLM__INLINE V v_guess_inverse(V a) { LLM__LANES(llm__f32_from_bits(LLM__INVERSE 
    products of bytes with the four integers x to each sum. v_four has four floats, of which those at odd (or at even)
    places are replaced by zeros; v_pick picks one of the four for each lane, by the lowest two bits of `places`, and
    v_next_places moves the next two bits there. v_store_bytes stores the lowest byte of each of 16 words. The
-   input of v_round_bf16 must not be a NaN or a denormal. v_times_pow2 multiplies by 2^n, where n is given as n +
+   input of v_round_bf16 must not be a NaN or a denormal. The words of v_words are two bf16 each, `low` in the lower
+   half; both must be bf16 already. v_times_pow2 multiplies by 2^n, where n is given as n +
    LLM__WHOLE; neither n nor the result may be out of range. v_guess_inverse is within 5.1 % of 1 / a. */
 
 /* The scalar set is not meant to be fast, but should stay small. */
@@ -31034,17 +31047,20 @@ LLM__INLINE float v_hmax(V a) {
 #endif
 
 /* MOST_ROWS: rows whose sums fit the registers. Sets with few registers compute many rows in strips of STRIP_ROWS. With
-   2:4 it is ROWS_2_4 times TILES_2_4 sums; one tile alone would wait for its sums where the registers allow two. */
+   2:4 it is ROWS_2_4 times TILES_2_4 sums; one tile alone would wait for its sums where the registers allow two. From
+   UNPACK_2_4 rows on, putting the zeros back takes less time (measured on Zen 4, and for AVX2 on Zen 3). */
 #if defined(LLM__USE_AVX512)
 #define LLM__MOST_ROWS 8
 #define LLM__ROWS_2_4 4
 #define LLM__TILES_2_4 2
+#define LLM__UNPACK_2_4 5
 #define LLM__GROUP_ROWS 4
 #define LLM__GROUP_TILES 2
 #elif defined(LLM__USE_AVX2)
 #define LLM__MOST_ROWS 4
 #define LLM__ROWS_2_4 2
 #define LLM__TILES_2_4 1
+#define LLM__UNPACK_2_4 9
 #define LLM__STRIP_ROWS 6
 #define LLM__GROUP_ROWS 4
 #define LLM__GROUP_TILES 1
@@ -31052,6 +31068,7 @@ LLM__INLINE float v_hmax(V a) {
 #define LLM__MOST_ROWS 2
 #define LLM__ROWS_2_4 2
 #define LLM__TILES_2_4 1
+#define LLM__UNPACK_2_4 5
 #define LLM__STRIP_ROWS 6
 #define LLM__GROUP_ROWS 4
 #define LLM__GROUP_TILES 1
@@ -31059,6 +31076,7 @@ LLM__INLINE float v_hmax(V a) {
 #define LLM__MOST_ROWS 1
 #define LLM__ROWS_2_4 1
 #define LLM__TILES_2_4 1
+#define LLM__UNPACK_2_4 5
 #define LLM__GROUP_ROWS 1
 #define LLM__GROUP_TILES 1
 #endif
@@ -31097,23 +31115,6 @@ LLM__INLINE V LLM__FN(weight)(const llm__weight_type KIND, const uint8_t *w, con
     return J % 2 ? v_odd((const uint16_t *)w + J / 2 * 32) : v_even((const uint16_t *)w + J / 2 * 32);
 }
 
-/* 16 words of two bf16: a in the lower halves, b in the upper. */
-LLM__INLINE void LLM__FN(store_words)(V a, V b, uint8_t *to) {
-#if defined(LLM__USE_BF16)
-    const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    _mm512_storeu_si512((void *)to, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
-#else
-    float f[32];
-    v_store(f, v_round_bf16(a));
-    v_store(f + 16, v_round_bf16(b));
-    for (int i = 0; i < 16; i++) {
-        uint32_t word = llm__f32_bits(f[i]) >> 16 | llm__f32_bits(f[i + 16]);
-        memcpy(to + 4 * i, &word, 4);
-    }
-#endif
-}
-
 /* The first or the second (P) of the two weights that are stored of four. */
 LLM__INLINE V LLM__FN(stored)(const llm__weight_type KIND, const uint8_t *w, const int P) {
     if (KIND == LLM__W_INT8_2_4) return v_int8((const int8_t *)w + P * 16);
@@ -31122,9 +31123,8 @@ LLM__INLINE V LLM__FN(stored)(const llm__weight_type KIND, const uint8_t *w, con
 
 /* Weight J of four, of which two are stored: `low` and `high` at these places. */
 LLM__INLINE V LLM__FN(one_of_four)(const int J, V low, v_ints low_places, V high, v_ints high_places) {
-    float four[4] = {0};
-    four[J] = 1;
-    const V one = v_four(J % 2 == 1, four);
+    static const float ones[4][4] = {{1, 0, 0, 0}, {0, 1, 0, 0}, {0, 0, 1, 0}, {0, 0, 0, 1}};
+    const V one = v_four(J % 2 == 1, ones[J]);
     return v_fma(v_pick(one, low_places), low, v_mul(v_pick(one, high_places), high));
 }
 
@@ -31136,8 +31136,8 @@ LLM__INLINE void LLM__FN(unpack_2_4)(const llm__weight_type KIND, const uint8_t 
         const v_ints later = v_next_places(places);
         const V low = LLM__FN(stored)(KIND, w, 0), high = LLM__FN(stored)(KIND, w, 1);
         LLM__UNROLL for (int j = 0; j < 4; j += 2, to += 64)
-            LLM__FN(store_words)(LLM__FN(one_of_four)(j, low, places, high, later),
-                                 LLM__FN(one_of_four)(j + 1, low, places, high, later), to);
+            v_store((float *)(void *)to, v_words(LLM__FN(one_of_four)(j, low, places, high, later),
+                                                 LLM__FN(one_of_four)(j + 1, low, places, high, later)));
         places = v_next_places(later);
     }
 }
@@ -31146,8 +31146,9 @@ LLM__TARGET static void LLM__FN(unpack)(llm__weight_type kind, const uint8_t *w,
     for (int i = 0; i < n_blocks; i++, w += llm__kernel_block_bytes[kind], to += 1024) {
         if (kind == LLM__W_BF16_2_4) LLM__FN(unpack_2_4)(LLM__W_BF16_2_4, w, to);
         if (kind == LLM__W_INT8_2_4) LLM__FN(unpack_2_4)(LLM__W_INT8_2_4, w, to);
-        for (int j = 0; j < 16 && kind == LLM__W_INT8; j++) LLM__FN(store_words)
-        (LLM__FN(weight)(LLM__W_INT8, w + j * 32, 0), LLM__FN(weight)(LLM__W_INT8, w + j * 32, 1), to + j * 64);
+        for (int j = 0; j < 16 && kind == LLM__W_INT8; j++)
+            v_store((float *)(void *)(to + j * 64),
+                    v_words(LLM__FN(weight)(LLM__W_INT8, w + j * 32, 0), LLM__FN(weight)(LLM__W_INT8, w + j * 32, 1)));
     }
 }
 
@@ -32555,6 +32556,7 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef v_even
 #undef v_odd
 #undef v_round_bf16
+#undef v_words
 #undef v_int8
 #undef v_half
 #undef v_store_bytes
@@ -32593,6 +32595,7 @@ static const llm__kernels LLM__FN(amx_kernels) = {
 #undef LLM__MOST_ROWS
 #undef LLM__STRIP_ROWS
 #undef LLM__ROWS_2_4
+#undef LLM__UNPACK_2_4
 #undef LLM__TILES_2_4
 #undef LLM__GROUP_ROWS
 #undef LLM__GROUP_TILES

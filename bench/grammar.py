@@ -314,8 +314,9 @@ def published_cases(contestants, args):
         for contestant in contestants if sample else []:
             tally, begin = Tally(), time.process_time()
             for path in sample:
-                if time.process_time() - begin < args.seconds:
-                    tally.read(contestant, ours.encode, path)
+                if time.process_time() - begin > args.seconds:
+                    break
+                tally.read(contestant, ours.encode, path)
             print(tally.row(f"{name}, a sample, {contestant.name}{version_of(contestant.name)}"), flush=True)
         for message, n in whole.refused.most_common() if args.refused else []:
             print(f"# {n} refused: {message[:160]}")

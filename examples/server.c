@@ -197,6 +197,7 @@ typedef struct server {
     prompt *running;
     int n_queued, n_running, n_live; /* n_live: accepted requests that are not both closed and finished */
     int n_signals;
+    int64_t swept_at; /* when the queue was last searched for clients that have hung up, in tenths of a second */
     uint64_t n_ids, n_call_ids;
     /* Counters for /metrics: */
     uint64_t n_answers, n_refused, n_hung_up, n_failed, n_shortened, n_prompt, n_reused, n_generated;
@@ -609,13 +610,24 @@ static void put_in_queue(server *s, request *r) {
     s->n_queued++;
 }
 
-/* With the lock held. Removes requests from the queue whose clients have hung up. Then gives free places to waiting
-   prompts: one of the first request, which then goes to the end of the queue if it has more. */
-static void take_from_queue(server *s) {
+/* With the lock held. Removes requests from the queue whose clients have hung up. It asks the system for each, so it
+   does this only ten times a second. */
+static void sweep_queue(server *s) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    int64_t tenth = 10 * (int64_t)now.tv_sec + now.tv_nsec / 100000000;
+    if (tenth == s->swept_at) return;
+    s->swept_at = tenth;
     for (request **at = &s->queue, *r; (r = *at);) {
         if (has_hung_up(r)) hang_up(s, r); /* *at becomes the next one */
         else at = &r->next;
     }
+}
+
+/* With the lock held. Gives free places to waiting prompts: one of the first request, which then goes to the end of the
+   queue if it has more. */
+static void take_from_queue(server *s) {
+    sweep_queue(s);
     while (s->queue && s->n_running < s->opt.parallel) {
         request *r = s->queue;
         prompt *p = &r->prompts[r->n_begun];
@@ -1038,53 +1050,78 @@ static const char *const HARMLESS_OPTIONS[] = {"cache_prompt",
                                                "store",
                                                "user",
                                                NULL};
-static const char HARMLESS_VALUES[] =
-    "{\"add_generation_prompt\": [true], \"best_of\": [1], \"continue_final_message\": [false], "
-    "\"dry_multiplier\": [0], \"echo\": [false], \"function_call\": [\"auto\", \"none\"], \"functions\": [[]], "
-    "\"include_stop_str_in_output\": [false], \"length_penalty\": [1], \"min_tokens\": [0], \"mirostat\": [0], "
-    "\"modalities\": [[\"text\"]], \"n\": [1], \"n_probs\": [0], \"parallel_tool_calls\": [true, false], "
-    "\"return_progress\": [false], \"skip_special_tokens\": [true], \"spaces_between_special_tokens\": [true], "
-    "\"stop_token_ids\": [[]], \"suffix\": [\"\"], \"timings_per_token\": [false], "
-    "\"tool_choice\": [\"auto\", \"none\"], \"tools\": [[]], \"use_beam_search\": [false], "
-    "\"xtc_probability\": [0]}";
+static const struct {
+    const char *name, *values; /* values: a JSON list */
+} HARMLESS_VALUES[] = {{"add_generation_prompt", "[true]"},
+                       {"best_of", "[1]"},
+                       {"continue_final_message", "[false]"},
+                       {"dry_multiplier", "[0]"},
+                       {"echo", "[false]"},
+                       {"function_call", "[\"auto\", \"none\"]"},
+                       {"functions", "[[]]"},
+                       {"include_stop_str_in_output", "[false]"},
+                       {"length_penalty", "[1]"},
+                       {"min_tokens", "[0]"},
+                       {"mirostat", "[0]"},
+                       {"modalities", "[[\"text\"]]"},
+                       {"n", "[1]"},
+                       {"n_probs", "[0]"},
+                       {"parallel_tool_calls", "[true, false]"},
+                       {"return_progress", "[false]"},
+                       {"skip_special_tokens", "[true]"},
+                       {"spaces_between_special_tokens", "[true]"},
+                       {"stop_token_ids", "[[]]"},
+                       {"suffix", "[\"\"]"},
+                       {"timings_per_token", "[false]"},
+                       {"tool_choice", "[\"auto\", \"none\"]"},
+                       {"tools", "[[]]"},
+                       {"use_beam_search", "[false]"},
+                       {"xtc_probability", "[0]"}};
 
 static bool is_one_of(const char *name, const char *const *names) {
     while (*names && strcmp(name, *names)) names++;
     return *names;
 }
 
-/* True if the list has this value. The number 1.0 equals 1. */
-static bool has_value(const json_t *list, const json_t *value) {
-    const json_t *one;
+/* The values with which an option that is not supported changes nothing; NULL if there are none. */
+static const char *harmless_values(const char *name) {
+    for (size_t i = 0; i < sizeof HARMLESS_VALUES / sizeof *HARMLESS_VALUES; i++)
+        if (!strcmp(name, HARMLESS_VALUES[i].name)) return HARMLESS_VALUES[i].values;
+    return NULL;
+}
+
+/* True if a JSON list has this value. The number 1.0 equals 1. */
+static bool has_value(const char *text, const json_t *value) {
+    json_t *list = json_loads(text, 0, NULL), *one;
+    bool found = false;
     size_t i;
+    if (!list) out_of_memory();
     json_array_foreach(list, i, one) {
         bool numbers = json_is_number(one) && json_is_number(value);
-        if (numbers ? json_number_value(one) == json_number_value(value) : json_equal(one, value)) return true;
+        found = found || (numbers ? json_number_value(one) == json_number_value(value) : json_equal(one, value));
     }
-    return false;
+    json_decref(list);
+    return found;
 }
 
 /* Refuses options that are not supported, unless their value changes nothing. */
 static const char *refuse_others(const request *r) {
     static __thread char why[120];
-    json_t *values = json_loads(HARMLESS_VALUES, 0, NULL), *value;
+    json_t *value;
     const char *name;
-    bool refused = false;
-    if (!values) out_of_memory();
     json_object_foreach(r->json, name, value) {
-        const json_t *allowed = json_object_get(values, name);
         if (is_one_of(name, COMMON_OPTIONS) || is_one_of(name, r->is_chat ? CHAT_OPTIONS : TEXT_OPTIONS) ||
-            is_one_of(name, HARMLESS_OPTIONS) || json_is_null(value) || has_value(allowed, value))
+            is_one_of(name, HARMLESS_OPTIONS) || json_is_null(value))
             continue;
+        const char *values = harmless_values(name);
+        if (values && has_value(values, value)) continue;
         int n = (int)strlen(name);
         if (n > 60) /* cut between two characters */
             for (n = 60; (name[n] & 0xC0) == 0x80;) n--;
-        snprintf(why, sizeof why, "%.*s is not supported%s", n, name, allowed ? " with this value" : "");
-        refused = true;
-        break;
+        snprintf(why, sizeof why, "%.*s is not supported%s", n, name, values ? " with this value" : "");
+        return why;
     }
-    json_decref(values);
-    return refused ? why : NULL;
+    return NULL;
 }
 
 /* Reads the sampler's settings except the seed and the biases. */

@@ -598,7 +598,7 @@ static void test_steps(void **state) {
     assert_true(steps_of("([0.1 + 0.2] * 100)|string", N) >= steps_of("([0.5] * 100)|string", N) + 100 * 16);
 }
 
-/* Runs templates that nest as deeply as the limits allow, on a thread with the stack that the manual asks for. */
+/* Runs the deepest templates that the limits allow. */
 static void *run_deep(void *arg) {
     static const char *const templates[] = {
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
@@ -616,12 +616,12 @@ static void *run_deep(void *arg) {
     return NULL;
 }
 
+/* The manual says that 512 KB of stack are enough. The address sanitizer makes frames several times as large. */
 static void test_stack(void **state) {
     (void)state;
-    enum { STACK = 512 << 10 };
+    enum { STACK = SANITIZED ? 8 << 20 : 512 << 10 };
     pthread_attr_t attributes;
     pthread_t thread;
-    if (SANITIZED) skip(); /* with larger frames */
     assert_int_equal(pthread_attr_init(&attributes), 0);
     assert_int_equal(pthread_attr_setstacksize(&attributes, STACK), 0);
     assert_int_equal(pthread_create(&thread, &attributes, run_deep, NULL), 0);

@@ -742,12 +742,7 @@ enum { TEXTS = 3000 };
 enum { TEXTS = 40000 }; /* texts of five tokens */
 #endif
 
-static void test_distribution(void **state) {
-    llm_context *ctx = open_tiny(32, 1);
-    llm_model *int4 = load_tiny(&SPEC, LLM_DTYPE_INT4);
-    gambler own = {99, STEADY};
-    llm_draft drafts[] = {draft_model(ctx, int4), {.name = "a gambler", .propose = gamble, .user = &own}};
-    (void)state;
+static void free_draws(llm_context *ctx, gambler *own, llm_draft drafts[2]) {
     for (uint64_t d = 0; d < 2; d++) {
         check_distribution(ctx, NO_MORE, (llm_sampler){.temperature = 1, .seed = 1 + d}, &drafts[d], TEXTS);
         check_distribution(ctx, NO_MORE, (llm_sampler){.temperature = 1.5f, .top_k = 4, .seed = 3 + d}, &drafts[d],
@@ -761,22 +756,15 @@ static void test_distribution(void **state) {
             &drafts[d], TEXTS / 2);
     }
     static const char *const names[] = {"", "one that stops", "one that stops late", "one that picks a kind"};
-    for (own.habit = STOPS; own.habit <= PICKS_KIND; own.habit++) {
-        drafts[1].name = names[own.habit];
-        check_distribution(ctx, NO_MORE, (llm_sampler){.temperature = 1, .seed = 20 + own.habit}, &drafts[1], TEXTS);
+    for (own->habit = STOPS; own->habit <= PICKS_KIND; own->habit++) {
+        drafts[1].name = names[own->habit];
+        check_distribution(ctx, NO_MORE, (llm_sampler){.temperature = 1, .seed = 20 + own->habit}, &drafts[1], TEXTS);
     }
-    llm_draft_free(&drafts[0]);
-    llm_model_free(int4);
-    close_context(ctx);
 }
 
-/* The same with a mask, which depends on the text so far, and with a grammar, which forces some tokens. */
-static void test_distribution_constrained(void **state) {
-    llm_context *ctx = open_tiny(32, 1);
-    llm_model *int4 = load_tiny(&SPEC, LLM_DTYPE_INT4);
-    gambler own = {7, STEADY};
-    llm_draft drafts[] = {draft_model(ctx, int4), {.name = "a gambler", .propose = gamble, .user = &own}};
-    (void)state;
+/* With a mask, which depends on the text so far, and with a grammar, which forces some tokens. */
+static void constrained_draws(llm_context *ctx, gambler *own, llm_draft drafts[2]) {
+    (void)own;
     for (uint64_t d = 0; d < 2; d++)
         for (rule rule = MASK; rule <= GRAMMAR; rule++) {
             check_distribution(ctx, rule, (llm_sampler){.temperature = 1, .seed = 30 + d}, &drafts[d], TEXTS / 16);
@@ -784,9 +772,28 @@ static void test_distribution_constrained(void **state) {
                                (llm_sampler){.temperature = 1.5f, .top_k = 4, .repeat_penalty = 1.3f, .seed = 32 + d},
                                &drafts[d], TEXTS / 16);
         }
+}
+
+/* Runs a check with two drafts: the model itself as int4, and a gambler. */
+static void with_drafts(void (*check)(llm_context *ctx, gambler *own, llm_draft drafts[2]), uint64_t random) {
+    llm_context *ctx = open_tiny(32, 1);
+    llm_model *int4 = load_tiny(&SPEC, LLM_DTYPE_INT4);
+    gambler own = {random, STEADY};
+    llm_draft drafts[] = {draft_model(ctx, int4), {.name = "a gambler", .propose = gamble, .user = &own}};
+    check(ctx, &own, drafts);
     llm_draft_free(&drafts[0]);
     llm_model_free(int4);
     close_context(ctx);
+}
+
+static void test_distribution(void **state) {
+    (void)state;
+    with_drafts(free_draws, 99);
+}
+
+static void test_distribution_constrained(void **state) {
+    (void)state;
+    with_drafts(constrained_draws, 7);
 }
 
 /* Guesses with probabilities in the draft's own memory, whether or not the library offers memory for them. */
