@@ -942,8 +942,8 @@ typedef struct llm_generate_desc {
 
     /* With keep_free: the turns that stay are moved by llm_seq_shift, if the sequence holds them, and are not computed
        again. llm_seq_shift says how the results differ. Fewer than LLM_CACHE_BLOCK / 2 tokens are computed again; so
-       are all if there is no room for copies of the blocks that a fork shares. What was moved before is reused only by a
-       call with `shift`, with or without keep_free; llm_stats.n_reused counts it. `seq` must name a sequence: those
+       are all if there is no room for copies of the blocks that a fork shares. What was moved before is reused only by
+       a call with `shift`, with or without keep_free; llm_stats.n_reused counts it. `seq` must name a sequence: those
        behind LLM_SEQ_ANY serve all texts, and must not depend on one of them. A backend that cannot shift refuses this
        with LLM_ERROR_UNSUPPORTED. */
     bool shift;
