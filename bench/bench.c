@@ -59,6 +59,7 @@ enum {
     KEY_RANDOM,
     KEY_SPARSE,
     KEY_KEEP_ZEROS,
+    KEY_CACHE,
     KEY_DRAFT,
     KEY_DRAFT_MAX,
     KEY_TEMP,
@@ -75,7 +76,7 @@ typedef struct options {
     int flops_table; /* max tokens in a batch; 0: no table */
     int n_prefill, n_decode, n_rounds;
     int depths[MOST], n_depths, threads[MOST], n_threads;
-    llm_dtype dtypes[MOST];
+    llm_dtype dtypes[MOST], cache; /* cache: 0 for the library's choice */
     int n_dtypes;
     const char *drafts[MOST], *texts[MOST];
     int n_drafts, n_texts, draft_max, rows[MOST], n_rows, streams[MOST], n_streams;
@@ -102,6 +103,7 @@ static const struct argp_option OPTIONS[] = {
     {"decode", 'n', "N", 0, "tokens decoded after the prompt (128)", 1},
     {"depth", 'd', "LIST", 0, "tokens in the cache before the prompt (0)", 1},
     {"dtype", KEY_DTYPE, "LIST", 0, "types of the weights: f32, f16, bf16, int8, int4, file (bf16)", 2},
+    {"cache", KEY_CACHE, "TYPE", 0, "type of the cache: f32, bf16, int8 (bf16; f32 with weights of f32 or f16)", 2},
     {"threads", 't', "LIST", 0, "threads (one per physical core; in the first table also one more)", 2},
     {"flops-table", KEY_FLOPS_TABLE, "N", OPTION_ARG_OPTIONAL,
      "instead of the first table: batches of several sequences, up to N tokens in all, with the first type and thread "
@@ -161,6 +163,11 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
     case 'n': opt->n_decode = parse_number(state, arg, 1); break;
     case 'd': opt->n_depths = parse_list(state, arg, 0, opt->depths); break;
     case KEY_DTYPE: opt->n_dtypes = parse_dtypes(state, arg, opt->dtypes); break;
+    case KEY_CACHE:
+        opt->cache = llm_dtype_from_name(arg);
+        if (opt->cache != LLM_DTYPE_F32 && opt->cache != LLM_DTYPE_BF16 && opt->cache != LLM_DTYPE_INT8)
+            argp_error(state, "'%s' is not one of f32, bf16, int8", arg);
+        break;
     case 't': opt->n_threads = parse_list(state, arg, 1, opt->threads); break;
     case 'r': opt->n_rounds = parse_number(state, arg, 1); break;
     case KEY_DRAFT:
@@ -438,8 +445,13 @@ static double prefill_operations(const llm_model *model, int n, int d) {
 }
 
 /* Returns the bytes that this rank reads per token, on average over n tokens after d others. */
-static double decode_bytes(const llm_model *model, int n, int d) {
-    return (double)model->info.weight_bytes_per_token + (double)model->info.cache_bytes_per_token * (d + n / 2.0);
+static double decode_bytes(const llm_context *ctx, int n, int d) {
+    const llm_model *model = llm_context_model(ctx);
+    llm_backend_shape own = model->shape;
+    own.n_layers = model->info.n_own_layers;
+    own.n_kv_heads = model->info.n_own_kv_heads;
+    double cache = (double)model->backend->block_bytes(&own, llm_context_cache_dtype(ctx)) / LLM_CACHE_BLOCK;
+    return (double)model->info.weight_bytes_per_token + cache * (d + n / 2.0);
 }
 
 /* Generates n + 1 tokens with llm_generate. Returns the seconds after the first one. */
@@ -524,7 +536,7 @@ static void measure(llm_context *ctx, const options *opt, const memory *mem, dou
         r.prefill = median(prefill + i * opt->n_rounds, opt->n_rounds);
         r.decode = median(decode + i * opt->n_rounds, opt->n_rounds);
         r.generate = median(whole + i * opt->n_rounds, opt->n_rounds);
-        r.megabytes_per_token = decode_bytes(model, opt->n_decode, r.depth) / 1e6;
+        r.megabytes_per_token = decode_bytes(ctx, opt->n_decode, r.depth) / 1e6;
         r.mfu = prefill_operations(model, opt->n_prefill, r.depth) * r.prefill / opt->n_prefill / (n_ranks * flops);
         r.mbu = r.megabytes_per_token * 1e6 * r.decode / bandwidth;
         results[i] = r;
@@ -803,7 +815,8 @@ static void compare_grammars(llm_context *ctx, const options *opt) {
 static void compare(const options *opt, llm_dtype dtype, int n_threads) {
     llm_model_desc desc = {
         .dtype = dtype, .n_threads = n_threads, .isa = getenv("LLM_ISA"), .keep_zeros = opt->keep_zeros};
-    llm_context_desc context_desc = {.n_logits = opt->n_rows ? MOST_ROWS : LLM_DRAFT_MAX + 1, .n_threads = n_threads};
+    llm_context_desc context_desc = {
+        .n_logits = opt->n_rows ? MOST_ROWS : LLM_DRAFT_MAX + 1, .n_threads = n_threads, .cache_dtype = opt->cache};
     for (int i = 0; i < opt->n_streams; i++)
         if (opt->streams[i] > context_desc.n_seq) context_desc.n_logits = context_desc.n_seq = opt->streams[i];
     if (opt->n_streams) context_desc.n_ctx = opt->n_prefill + opt->n_decode;
@@ -897,8 +910,10 @@ static bool run_dtype(const options *opt, llm_dtype dtype, bool first) {
                                .pipeline = opt->ranks.pipeline};
         int most = 0;
         for (int i = 0; i < opt->n_depths; i++) most = opt->depths[i] > most ? opt->depths[i] : most;
-        llm_context_desc context_desc = {
-            .n_ctx = most + opt->n_prefill + opt->n_decode, .n_batch = opt->n_prefill, .n_threads = opt->threads[t]};
+        llm_context_desc context_desc = {.n_ctx = most + opt->n_prefill + opt->n_decode,
+                                         .n_batch = opt->n_prefill,
+                                         .n_threads = opt->threads[t],
+                                         .cache_dtype = opt->cache};
         llm_model *model = NULL;
         llm_context *ctx = NULL;
         result results[MOST];

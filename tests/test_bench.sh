@@ -25,6 +25,9 @@ check "compares drafts" eval 'measure -m "$model" -n 8 --draft lookup,self:int4 
 check "compares passes of different numbers of rows" eval 'measure --random smollm2-135m --rows 1,2,4 && [ "$(grep -c "^| bf16" "$out")" -eq 3 ]'
 check "compares numbers of streams" eval 'measure -m "$model" --dtype int4 -n 4 -b 1,3 && [ "$(grep -c "^| [a-z0-9]* | [0-9]* | [13] |" "$out")" -eq 2 ]'
 check "compares texts with and without grammars" eval 'measure -m "$model" --dtype int8 -n 16 --grammars && [ "$(grep -c "^| [A-Za-z ]* | int8 |" "$out")" -eq 3 ]'
+check "measures another type of cache" eval 'measure --random smollm2-135m -d 1000 --cache int8 -t 1 -o csv && bytes=$(tail -n 1 "$out" | cut -d, -f11) &&
+    measure --random smollm2-135m -d 1000 --cache bf16 -t 1 -o csv && tail -n 1 "$out" | awk -F, -v int8="$bytes" "{ exit !(\$11 > int8 + 8) }"'
+check "refuses an unknown type of cache" refuses --random smollm2-135m --cache f16
 check "refuses grammars of random weights" refuses --random smollm2-135m --grammars
 check "refuses grammars together with streams" refuses -m "$model" --grammars -b 2
 check "refuses too many streams" refuses -m "$model" -b 1000
