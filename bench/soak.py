@@ -49,7 +49,8 @@ def some_request(rng):
 class Soak:
     def __init__(self, args):
         self.args, self.lock = args, threading.Lock()
-        self.left, self.kinds, self.statuses, self.problems = args.requests, collections.Counter(), collections.Counter(), []
+        self.taken, self.kinds, self.statuses, self.problems = 0, collections.Counter(), collections.Counter(), []
+        self.begin = time.monotonic()
         self.url = urllib.parse.urlsplit(args.url)
 
     def count(self, kind, status):
@@ -57,10 +58,18 @@ class Soak:
             self.kinds[kind] += 1
             self.statuses[status] += 1
 
+    def done(self):
+        """Returns which part of the test is over."""
+        if self.args.seconds:
+            return (time.monotonic() - self.begin) / self.args.seconds
+        return self.taken / self.args.requests
+
     def take(self):
         with self.lock:
-            self.left -= 1
-            return self.left >= 0
+            if self.done() >= 1:
+                return False
+            self.taken += 1
+            return True
 
     def hang_up(self, rng):
         """Sends an incomplete request, or does not read the answer or only its beginning."""
@@ -128,12 +137,12 @@ class Soak:
         threads = [threading.Thread(target=self.client, args=(i,)) for i in range(self.args.clients)]
         for thread in threads:
             thread.start()
-        states, total = [], self.args.requests
+        states = []
         for tenth in range(1, 11):
-            while self.left > total - total * tenth // 10 and any(t.is_alive() for t in threads):
+            while self.done() < tenth / 10 and any(t.is_alive() for t in threads):
                 time.sleep(.1)
             states.append(self.state())
-            print(f"after {total * tenth // 10} requests {states[-1][0]:.1f} MiB, {states[-1][1]} files", flush=True)
+            print(f"after {self.taken} requests {states[-1][0]:.1f} MiB, {states[-1][1]} files", flush=True)
         for thread in threads:
             thread.join()
         for _ in range(100):
@@ -162,6 +171,7 @@ def main():
     parser.add_argument("--pid", type=int, required=True, help="the server's process id")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=10000)
+    parser.add_argument("--seconds", type=float, help="how long the test takes, instead of --requests")
     parser.add_argument("--cancel", type=float, default=.1, help="share of the clients that hang up")
     parser.add_argument("--wrong", type=float, default=.2, help="share of invalid requests")
     raise SystemExit(1 if Soak(parser.parse_args()).run() else 0)
