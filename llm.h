@@ -6250,7 +6250,8 @@ static uint8_t *llm__nfc_apply(llm__env *env, const llm__nfc *nfc, const uint8_t
    A chat template is a program in Jinja (https://jinja.palletsprojects.com). This section parses and runs the language
    that chat templates use, and gives the text that jinja2 gives with the settings of Hugging Face transformers:
    trim_blocks, lstrip_blocks, loop controls, raise_exception, strftime_now, tojson with its own spacing, and generation
-   blocks. A template that needs more is refused when it is parsed, with a message that names what is missing.
+   blocks. A template that needs more is refused when it is parsed, with a message that names what is missing. Only a
+   rendering can show that a format that is no constant needs more, or a letter whose other case is not known here.
 
    Each byte of a string remembers whether it came from the host's messages or from the template. The mark survives
    concatenation, slices and filters. Special tokens are recognised only in bytes of the template, so that what a user
@@ -6278,7 +6279,7 @@ typedef enum llm__jinja_type {
 typedef struct llm__jinja_value {
     llm__jinja_type type;
     bool is_tuple;     /* LLM__J_LIST: its text is (1, 2) instead of [1, 2]                    */
-    bool is_lazy;      /* LLM__J_LIST: a generator in Python: it can be looped over, but has no length and no text */
+    bool is_lazy;      /* LLM__J_LIST: a generator or a view in Python, which can be looped over but not indexed */
     bool is_markup;    /* LLM__J_STR: from the filter `safe`, or made from such a string by slices and most methods;
                           strings that are added to it are escaped as HTML */
     bool is_namespace; /* LLM__J_DICT: from namespace(); its attributes can be set             */
@@ -6300,7 +6301,8 @@ typedef struct llm__jinja_value {
         struct llm__jinja_loop *loop;
         struct {
             const struct llm__jinja_node *node;
-            /* NULL: a macro. Otherwise a call block; *scope is what its body sees, and NULL after the block. */
+            /* *scope is what the body sees beside the arguments; NULL after the end of a call block. NULL: a macro
+               outside of loops and macros, which sees the outermost scope. */
             struct llm__jinja_scope **scope;
         } macro;
         llm__str name; /* LLM__J_UNDEFINED: the name that is undefined, for messages; LLM__J_METHOD */
@@ -6310,6 +6312,7 @@ typedef struct llm__jinja_value {
 typedef struct llm__jinja_list {
     llm__jinja_value *items;
     size_t n, room;
+    const char *view; /* NULL, or what Python calls this view of a dictionary; unlike a generator it has a length */
 } llm__jinja_list;
 
 typedef struct llm__jinja_dict {
@@ -6398,7 +6401,9 @@ typedef struct llm__jinja_parser {
     bool strip_next;   /* the last tag ended with '-'                 */
     bool trim_next;    /* the last tag strips the newline after it    */
     int line, depth, loops;
+    int macros;                    /* the macros and call blocks around the position */
     int caller;                    /* in a macro the variable `caller` was first 1: read, -1: set; 0: neither */
+    unsigned own;                  /* bit i: the template sets variable i of llm__jinja_missing */
     int open;                      /* open brackets inside the tag; }} does not end it before they are closed */
     llm__jinja_token token;        /* the current one */
     struct llm__jinja_node *nodes; /* an array of 64, the first n_nodes of which are in use */
@@ -6589,12 +6594,6 @@ static llm__str llm__jinja_word(llm__jinja_parser *p) {
     return word;
 }
 
-/* The name of a variable that is set. */
-static llm__str llm__jinja_target(llm__jinja_parser *p) {
-    if (llm__jinja_is(p, "caller") && !p->caller) p->caller = -1;
-    return llm__jinja_word(p);
-}
-
 static llm__jinja_node *llm__jinja_new(llm__jinja_parser *p, llm__jinja_kind kind) {
     enum { CHUNK = 64 };
     if (!p->nodes || p->n_nodes == CHUNK) {
@@ -6617,6 +6616,17 @@ static int llm__jinja_find(const char *const *names, llm__str name) {
     for (int i = 0; names[i]; i++)
         if (llm__str_is(name, names[i])) return i;
     return -1;
+}
+
+/* Variables of jinja2 that are refused, unless the template has set its own: the first two have a meaning in macros. */
+static const char *const llm__jinja_missing[] = {"varargs", "kwargs", "self", "cycler", "joiner", "lipsum", NULL};
+
+/* The name of a variable that is set. */
+static llm__str llm__jinja_target(llm__jinja_parser *p) {
+    int missing = llm__jinja_find(llm__jinja_missing, p->token.text);
+    if (missing >= 0) p->own |= 1u << missing;
+    if (llm__jinja_is(p, "caller") && !p->caller) p->caller = -1;
+    return llm__jinja_word(p);
 }
 
 /* The supported filters, tests, methods and functions: for each a list of names, and enumerators in the same order. */
@@ -6647,7 +6657,7 @@ enum { LLM__JINJA_TESTS(X) LLM__JT_END };
 #define LLM__JINJA_METHODS(X)                                                                              \
     X(strip) X(lstrip) X(rstrip) X(split) X(rsplit) X(startswith) X(endswith) X(replace) X(upper) X(lower) \
     X(title) X(capitalize) X(find) X(rfind) X(count) X(join) X(splitlines) X(removeprefix) X(removesuffix) \
-    X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) X(cycle) X(format)
+    X(isdigit) X(isspace) X(items) X(keys) X(values) X(get) X(index) X(rindex) X(cycle) X(format)
 #define X(name) #name,
 static const char *const llm__jinja_methods[] = {LLM__JINJA_METHODS(X) NULL};
 #undef X
@@ -6663,6 +6673,15 @@ static const char *const llm__jinja_functions[] = {LLM__JINJA_FUNCTIONS(X) NULL}
 enum { LLM__JINJA_FUNCTIONS(X) LLM__JG_END };
 #undef X
 /* clang-format on */
+
+static int llm__jinja_find_test(llm__str name) {
+    static const char *const operators[] = {"==", "!=", ">", ">=", "<", "<=", NULL};
+    static const uint8_t tests[] = {LLM__JT_eq, LLM__JT_ne, LLM__JT_gt, LLM__JT_ge, LLM__JT_lt, LLM__JT_le};
+    int i = llm__jinja_find(operators, name);
+    return i < 0 ? llm__jinja_find(llm__jinja_tests, name) : tests[i];
+}
+
+enum { LLM__JINJA_MAX_ARGS = 16 }; /* of a call; a call block adds one */
 
 /* Declared early, because operands contain expressions. */
 static llm__jinja_node *llm__jinja_expression(llm__jinja_parser *p);
@@ -6763,10 +6782,12 @@ static llm__jinja_node *llm__jinja_number(llm__jinja_parser *p) {
 /* Parses the arguments of a call, filter or test, after its "(". NAME=value becomes a node with that name. */
 static llm__jinja_node *llm__jinja_arguments(llm__jinja_parser *p) {
     llm__jinja_node *first = NULL, **last = &first;
-    while (!llm__jinja_take(p, ")")) {
+    bool named = false;
+    for (int n = 0; !llm__jinja_take(p, ")"); n++) {
         if (first) llm__jinja_expect(p, ",");
         if (first && llm__jinja_take(p, ")")) break;
         if (llm__jinja_is(p, "*") || llm__jinja_is(p, "**")) llm__jinja_fail(p, "* and ** in calls are not supported");
+        if (n == LLM__JINJA_MAX_ARGS) llm__jinja_fail(p, "more than %d arguments", LLM__JINJA_MAX_ARGS);
         int caller = p->caller;
         llm__jinja_node *argument = llm__jinja_expression(p);
         if (argument->kind == LLM__J_NAME && llm__jinja_take(p, "=")) {
@@ -6776,6 +6797,9 @@ static llm__jinja_node *llm__jinja_arguments(llm__jinja_parser *p) {
             argument->op = '=';
             argument->name = name;
             argument->a = llm__jinja_expression(p);
+            named = true;
+        } else if (named) {
+            llm__jinja_fail(p, "a positional argument after a named one");
         }
         last = llm__jinja_append(last, argument);
     }
@@ -6828,6 +6852,9 @@ static llm__jinja_node *llm__jinja_atom(llm__jinja_parser *p) {
     if (llm__jinja_is(p, "caller") && !p->caller) p->caller = 1;
     node->name = p->token.text;
     llm__jinja_lex(p);
+    int missing = llm__jinja_find(llm__jinja_missing, node->name);
+    if (missing >= 0 && !(p->own >> missing & 1) && (missing > 1 || p->macros) && !llm__jinja_is(p, "="))
+        llm__jinja_fail(p, "jinja2's variable %s is not supported", llm__jinja_missing[missing]);
     return node;
 }
 
@@ -6846,6 +6873,83 @@ static llm__jinja_node *llm__jinja_subscript(llm__jinja_parser *p, llm__jinja_no
     return node;
 }
 
+static bool llm__jinja_is_string(const llm__jinja_node *node) {
+    return node && node->kind == LLM__J_CONST && node->value.type == LLM__J_STR;
+}
+
+/* The string in a node. */
+static llm__str llm__jinja_string_of(const llm__jinja_node *node) {
+    llm__str s = {node->value.u.s.at, node->value.u.s.n};
+    return s;
+}
+
+/* Refuses a filter or test that a filter such as map is given by name. */
+static void llm__jinja_check_inner(llm__jinja_parser *p, const llm__jinja_node *filter) {
+    const llm__jinja_node *name = filter->args;
+    bool by_attribute = filter->op == LLM__JF_selectattr || filter->op == LLM__JF_rejectattr;
+    bool tests = by_attribute || filter->op == LLM__JF_select || filter->op == LLM__JF_reject;
+    if (name && by_attribute) name = name->next;
+    if (!llm__jinja_is_string(name) || (!tests && filter->op != LLM__JF_map)) return;
+    llm__str s = llm__jinja_string_of(name);
+    if ((tests ? llm__jinja_find_test(s) : llm__jinja_find(llm__jinja_filters, s)) < 0)
+        llm__jinja_fail(p, "the %s %.*s is not supported", tests ? "test" : "filter", LLM__SHOW(s));
+}
+
+/* The first directive in a format of strftime that is not supported; empty if all are. After '%' a '-' removes zeros in
+   front of a number. */
+static llm__str llm__jinja_bad_directive(llm__str format) {
+    llm__str bad = {NULL, 0};
+    const char *end = format.at + format.n;
+    for (const char *q = format.at, *p = q; p < end; p = q) {
+        if (*q++ != '%') continue;
+        bool bare = q < end && *q == '-';
+        q += bare;
+        if (q < end && *q && strchr(bare ? "YymdHIMSj" : "YymdHIMSjBbAap%", *q)) {
+            q++;
+            continue;
+        }
+        const uint8_t *next = (const uint8_t *)q; /* a whole character */
+        if (q < end) llm__utf8_decode(next, &next);
+        bad.at = p;
+        bad.n = (size_t)((const char *)next - p);
+        break;
+    }
+    return bad;
+}
+
+/* The first replacement field in a format of str.format that is not {}, {0} or {name}; empty if all are. */
+static llm__str llm__jinja_bad_field(llm__str format) {
+    llm__str bad = {NULL, 0};
+    const char *end = format.at + format.n;
+    for (const char *q = format.at, *p = q; p < end; p = q) {
+        if (*q++ != '{') continue;
+        if (q < end && *q == '{') {
+            q++;
+            continue;
+        }
+        while (q < end && llm__jinja_is_word(*q)) q++;
+        if (q < end && *q == '}') continue;
+        while (q < end && *q != '}') q++;
+        bad.at = p;
+        bad.n = (size_t)(q - p) + (q < end);
+        break;
+    }
+    return bad;
+}
+
+/* Refuses what a constant format of a call needs in addition. */
+static void llm__jinja_check_format(llm__jinja_parser *p, const llm__jinja_node *call) {
+    const llm__jinja_node *f = call->a;
+    if (f->kind == LLM__J_ATTRIBUTE && call->op == LLM__JM_format && llm__jinja_is_string(f->a)) {
+        llm__str bad = llm__jinja_bad_field(llm__jinja_string_of(f->a));
+        if (bad.n) llm__jinja_fail(p, "format does not support %.*s", LLM__SHOW(bad));
+    }
+    if (f->kind == LLM__J_NAME && llm__str_is(f->name, "strftime_now") && llm__jinja_is_string(call->args)) {
+        llm__str bad = llm__jinja_bad_directive(llm__jinja_string_of(call->args));
+        if (bad.n) llm__jinja_fail(p, "strftime_now does not support \"%.*s\"", LLM__SHOW(bad));
+    }
+}
+
 static llm__jinja_node *llm__jinja_apply_filter(llm__jinja_parser *p, llm__jinja_node *object) {
     llm__jinja_node *node = llm__jinja_new(p, LLM__J_FILTER);
     node->a = object;
@@ -6853,6 +6957,7 @@ static llm__jinja_node *llm__jinja_apply_filter(llm__jinja_parser *p, llm__jinja
     node->op = llm__jinja_find(llm__jinja_filters, node->name);
     if (node->op < 0) llm__jinja_fail(p, "the filter %.*s is not supported", LLM__SHOW(node->name));
     if (llm__jinja_take(p, "(")) node->args = llm__jinja_arguments(p);
+    llm__jinja_check_inner(p, node);
     return node;
 }
 
@@ -6883,6 +6988,7 @@ static llm__jinja_node *llm__jinja_postfix(llm__jinja_parser *p) {
                 llm__jinja_fail(p, "only names and methods can be called");
             }
             node->args = llm__jinja_arguments(p);
+            llm__jinja_check_format(p, node);
         } else {
             return node;
         }
@@ -6947,6 +7053,8 @@ static llm__jinja_node *llm__jinja_binary(llm__jinja_parser *p, int level) {
         llm__jinja_lex(p);
         binary->a = node;
         binary->b = llm__jinja_binary(p, level + 1);
+        if (binary->op == '%' && llm__jinja_is_string(node))
+            llm__jinja_fail(p, "the operator %% with a string is not supported");
         node = binary;
     }
 }
@@ -7100,6 +7208,17 @@ static void llm__jinja_for(llm__jinja_parser *p, llm__jinja_node *node) {
     llm__jinja_end_tag(p);
 }
 
+enum { LLM__JINJA_MAX_FILTERS = 16 };
+
+/* Parses the filters of a block, up to the end of its tag. node->a is the first one, or the text without filters. */
+static void llm__jinja_block_filters(llm__jinja_parser *p, llm__jinja_node *node) {
+    for (int n = node->a->kind == LLM__J_FILTER; llm__jinja_take(p, "|"); n++) {
+        if (n == LLM__JINJA_MAX_FILTERS) llm__jinja_fail(p, "more than %d filters", LLM__JINJA_MAX_FILTERS);
+        node->a = llm__jinja_apply_filter(p, node->a);
+    }
+    llm__jinja_end_tag(p);
+}
+
 static void llm__jinja_set(llm__jinja_parser *p, llm__jinja_node *node) {
     node->args = llm__jinja_targets(p, true);
     if (llm__jinja_take(p, "=")) {
@@ -7109,8 +7228,7 @@ static void llm__jinja_set(llm__jinja_parser *p, llm__jinja_node *node) {
     }
     node->kind = LLM__J_SET_BLOCK;
     node->a = llm__jinja_new(p, LLM__J_CONST); /* stands for the block's text, to which the filters are applied */
-    while (llm__jinja_take(p, "|")) node->a = llm__jinja_apply_filter(p, node->a);
-    llm__jinja_end_tag(p);
+    llm__jinja_block_filters(p, node);
     node->body = llm__jinja_statements(p, "endset");
     llm__jinja_expect(p, "endset");
     llm__jinja_end_tag(p);
@@ -7118,8 +7236,7 @@ static void llm__jinja_set(llm__jinja_parser *p, llm__jinja_node *node) {
 
 static void llm__jinja_filter_block(llm__jinja_parser *p, llm__jinja_node *node) {
     node->a = llm__jinja_apply_filter(p, llm__jinja_new(p, LLM__J_CONST));
-    while (llm__jinja_take(p, "|")) node->a = llm__jinja_apply_filter(p, node->a);
-    llm__jinja_end_tag(p);
+    llm__jinja_block_filters(p, node);
     node->body = llm__jinja_statements(p, "endfilter");
     llm__jinja_expect(p, "endfilter");
     llm__jinja_end_tag(p);
@@ -7133,7 +7250,7 @@ static void llm__jinja_macro(llm__jinja_parser *p, llm__jinja_node *node) {
     bool is_call = node->kind == LLM__J_CALL_BLOCK, defaults = false;
     const llm__jinja_node *own = NULL; /* a parameter with the name `caller` */
     const char *end = is_call ? "endcall" : "endmacro";
-    if (!is_call) node->name = llm__jinja_word(p);
+    if (!is_call) node->name = llm__jinja_target(p);
     if (!is_call || llm__jinja_is(p, "(")) {
         llm__jinja_expect(p, "(");
         while (!llm__jinja_take(p, ")")) {
@@ -7156,7 +7273,9 @@ static void llm__jinja_macro(llm__jinja_parser *p, llm__jinja_node *node) {
     llm__jinja_end_tag(p);
     int caller = p->caller;
     p->loops = p->caller = 0;
+    p->macros++;
     node->body = llm__jinja_statements(p, end);
+    p->macros--;
     if (p->caller > 0 && own && !own->a) llm__jinja_fail(p, "the parameter 'caller' needs a default");
     node->op = p->caller > 0 && !own;
     p->loops = loops;
@@ -7581,7 +7700,7 @@ static bool llm__jinja_truth(const llm__jinja_value *v) {
     case LLM__J_INT: return v->u.i != 0;
     case LLM__J_FLOAT: return v->u.f != 0;
     case LLM__J_STR: return v->u.s.n != 0;
-    case LLM__J_LIST: return v->u.list->n != 0;
+    case LLM__J_LIST: return v->u.list->n != 0 || (v->is_lazy && !v->u.list->view); /* a generator is true */
     case LLM__J_DICT: return v->is_namespace || v->u.dict->n != 0;
     default: return true;
     }
@@ -7614,10 +7733,9 @@ static int llm__jinja_order(llm__jinja_run *r, const llm__jinja_value *a, const 
         return order ? (order > 0) - (order < 0) : (x > y) - (x < y);
     }
     if (a->type == LLM__J_LIST && b->type == LLM__J_LIST) {
-        for (size_t i = 0; i < a->u.list->n && i < b->u.list->n; i++) {
-            int order = llm__jinja_order(r, &a->u.list->items[i], &b->u.list->items[i], depth + 1);
-            if (order) return order;
-        }
+        for (size_t i = 0; i < a->u.list->n && i < b->u.list->n; i++)
+            if (!llm__jinja_equal(r, &a->u.list->items[i], &b->u.list->items[i], depth + 1))
+                return llm__jinja_order(r, &a->u.list->items[i], &b->u.list->items[i], depth + 1);
         return (a->u.list->n > b->u.list->n) - (a->u.list->n < b->u.list->n);
     }
     llm__jinja_type_error(r, "a comparison", llm__jinja_is_number(a) || a->type == LLM__J_STR ? b : a);
@@ -7666,18 +7784,46 @@ static bool llm__jinja_in_set(llm__jinja_run *r, const uint8_t *p, const uint8_t
     return found;
 }
 
+/* Whether the character at p is white space in Python. *next: where the next one begins. */
+static bool llm__jinja_space_at(llm__jinja_run *r, const uint8_t *p, const uint8_t **next) {
+    return (llm__unicode_class_at(r->classes, p, next) & LLM__SPACE) || (*p >= 0x1C && *p <= 0x1F);
+}
+
+/* The value of a decimal digit; 10 for another character that Python's isdigit() takes, such as a superscript; else -1.
+   The ranges are those of Unicode 16.0. */
+static int llm__jinja_digit(uint32_t code) {
+    static const uint32_t zeros[] = {
+        0x30,    0x660,   0x6F0,   0x7C0,   0x966,   0x9E6,   0xA66,   0xAE6,   0xB66,   0xBE6,   0xC66,
+        0xCE6,   0xD66,   0xDE6,   0xE50,   0xED0,   0xF20,   0x1040,  0x1090,  0x17E0,  0x1810,  0x1946,
+        0x19D0,  0x1A80,  0x1A90,  0x1B50,  0x1BB0,  0x1C40,  0x1C50,  0xA620,  0xA8D0,  0xA900,  0xA9D0,
+        0xA9F0,  0xAA50,  0xABF0,  0xFF10,  0x104A0, 0x10D30, 0x10D40, 0x11066, 0x110F0, 0x11136, 0x111D0,
+        0x112F0, 0x11450, 0x114D0, 0x11650, 0x116C0, 0x116D0, 0x116DA, 0x11730, 0x118E0, 0x11950, 0x11BF0,
+        0x11C50, 0x11D50, 0x11DA0, 0x11F50, 0x16130, 0x16A60, 0x16AC0, 0x16B50, 0x16D70, 0x1CCF0, 0x1D7CE,
+        0x1D7D8, 0x1D7E2, 0x1D7EC, 0x1D7F6, 0x1E140, 0x1E2F0, 0x1E4F0, 0x1E5F1, 0x1E950, 0x1FBF0};
+    static const uint32_t others[][2] = {
+        {0xB2, 0xB3},     {0xB9, 0xB9},       {0x1369, 0x1371},   {0x19DA, 0x19DA},   {0x2070, 0x2070},
+        {0x2074, 0x2079}, {0x2080, 0x2089},   {0x2460, 0x2468},   {0x2474, 0x247C},   {0x2488, 0x2490},
+        {0x24EA, 0x24EA}, {0x24F5, 0x24FD},   {0x24FF, 0x24FF},   {0x2776, 0x277E},   {0x2780, 0x2788},
+        {0x278A, 0x2792}, {0x10A40, 0x10A43}, {0x10E60, 0x10E68}, {0x11052, 0x1105A}, {0x1F100, 0x1F10A}};
+    for (size_t i = 0; i < sizeof zeros / sizeof *zeros && code >= zeros[i]; i++)
+        if (code < zeros[i] + 10) return (int)(code - zeros[i]);
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+        if (code >= others[i][0] && code <= others[i][1]) return 10;
+    return -1;
+}
+
 /* strip(), lstrip() and rstrip(): removes white space, or the characters of `set`. */
 static llm__jinja_value llm__jinja_strip(llm__jinja_run *r, const llm__jinja_value *s, const llm__jinja_value *set,
                                          bool left, bool right) {
     const uint8_t *begin = (const uint8_t *)s->u.s.at, *p = begin, *end = p + s->u.s.n, *next;
     while (left && p < end) {
-        bool space = (llm__unicode_class_at(r->classes, p, &next) & LLM__SPACE) || (*p >= 0x1C && *p <= 0x1F);
+        bool space = llm__jinja_space_at(r, p, &next);
         if (set ? !llm__jinja_in_set(r, p, next, set) : !space) break;
         p = next;
     }
     while (right && end > p) {
         const uint8_t *last = llm__utf8_before(end);
-        bool space = (llm__unicode_class_at(r->classes, last, &next) & LLM__SPACE) || (*last >= 0x1C && *last <= 0x1F);
+        bool space = llm__jinja_space_at(r, last, &next);
         if (set ? !llm__jinja_in_set(r, last, end, set) : !space) break;
         end = last;
     }
@@ -7773,24 +7919,35 @@ static llm__jinja_value llm__jinja_replace(llm__jinja_run *r, const llm__jinja_v
     return llm__jinja_finish_like(&b, s);
 }
 
-/* split() at white space, split(separator, most) and rsplit(separator, most); `most` is the max number of cuts. */
+/* split() and rsplit() at white space, with at most `most` cuts. */
+static llm__jinja_value llm__jinja_words(llm__jinja_run *r, const llm__jinja_value *s, int64_t most, bool from_right) {
+    llm__jinja_value list = llm__jinja_new_list(r);
+    const uint8_t *base = (const uint8_t *)s->u.s.at, *last = base + s->u.s.n, *word = NULL, *next;
+    llm__jinja_bytes(r, s->u.s.n);
+    for (const uint8_t *p = base; p <= last; p = next) {
+        bool space = p == last || llm__jinja_space_at(r, p, &next);
+        if (space && word)
+            llm__jinja_add(r, list.u.list, llm__jinja_part(s, (size_t)(word - base), (size_t)(p - base)));
+        if (space) word = NULL;
+        else if (!word) word = p;
+        if (p == last) break;
+    }
+    size_t n = list.u.list->n, n_cuts = most < 0 || (uint64_t)most >= n ? n : (size_t)most;
+    if (n_cuts == n) return list;
+    llm__jinja_value *rest = &list.u.list->items[from_right ? n - 1 - n_cuts : n_cuts];
+    size_t from = (size_t)(rest->u.s.at - s->u.s.at); /* the words that are not cut become one item */
+    *rest = llm__jinja_part(s, from_right ? 0 : from, from_right ? from + rest->u.s.n : s->u.s.n);
+    if (from_right) list.u.list->items = rest;
+    list.u.list->n = n_cuts + 1;
+    return list;
+}
+
+/* split(separator, most) and rsplit(separator, most); `most` is the max number of cuts. */
 static llm__jinja_value llm__jinja_split(llm__jinja_run *r, const llm__jinja_value *s,
                                          const llm__jinja_value *separator, int64_t most, bool from_right) {
+    if (!separator) return llm__jinja_words(r, s, most, from_right);
     llm__jinja_value list = llm__jinja_new_list(r);
     size_t at = 0, end = s->u.s.n;
-    if (!separator) {
-        if (most >= 0) llm__jinja_error(r, "split at white space with a maximum is not supported");
-        const uint8_t *base = (const uint8_t *)s->u.s.at, *p = base, *last = base + end;
-        while (p < last) {
-            const uint8_t *start = p;
-            p = llm__unicode_skip(r->classes, p, last, LLM__SPACE, true);
-            const uint8_t *word = p;
-            p = llm__unicode_skip(r->classes, p, last, LLM__SPACE, false);
-            llm__jinja_bytes(r, (size_t)(p - start));
-            if (p > word) llm__jinja_add(r, list.u.list, llm__jinja_part(s, (size_t)(word - base), (size_t)(p - base)));
-        }
-        return list;
-    }
     if (!separator->u.s.n) llm__jinja_error(r, "split with an empty separator");
     if (from_right && most >= 0) { /* cuts only at the last `most` separators, and skips those before them */
         size_t total = 0, found, skip = 0;
@@ -7919,24 +8076,24 @@ static void llm__jinja_put_value(llm__jinja_run *r, llm__jinja_buffer *b, const 
         if (!depth) llm__jinja_put_part(r, b, v, 0, v->u.s.n);
         return;
     case LLM__J_LIST:
-        if (v->is_lazy) break;
-        llm__jinja_put_text(r, b, v->is_tuple ? "(" : "[");
+        if (v->is_lazy && !v->u.list->view) break;
+        if (v->is_lazy) llm__jinja_put_text(r, b, v->u.list->view);
+        llm__jinja_put_text(r, b, v->is_lazy ? "([" : v->is_tuple ? "(" : "[");
         for (size_t i = 0; i < v->u.list->n; i++) {
             if (i) llm__jinja_put_text(r, b, ", ");
             llm__jinja_put_value(r, b, &v->u.list->items[i], depth + 1);
         }
-        llm__jinja_put_text(r, b, !v->is_tuple ? "]" : v->u.list->n == 1 ? ",)" : ")");
+        llm__jinja_put_text(r, b, v->is_lazy ? "])" : !v->is_tuple ? "]" : v->u.list->n == 1 ? ",)" : ")");
         return;
     case LLM__J_DICT:
-        if (v->is_namespace) break;
-        llm__jinja_put_text(r, b, "{");
+        llm__jinja_put_text(r, b, v->is_namespace ? "<Namespace {" : "{");
         for (size_t i = 0; i < v->u.dict->n; i += 2) {
             if (i) llm__jinja_put_text(r, b, ", ");
             llm__jinja_put_value(r, b, &v->u.dict->items[i], depth + 1);
             llm__jinja_put_text(r, b, ": ");
             llm__jinja_put_value(r, b, &v->u.dict->items[i + 1], depth + 1);
         }
-        llm__jinja_put_text(r, b, "}");
+        llm__jinja_put_text(r, b, v->is_namespace ? "}>" : "}");
         return;
     default: break;
     }
@@ -7952,9 +8109,8 @@ static llm__jinja_value llm__jinja_as_text(llm__jinja_run *r, const llm__jinja_v
 
 /* How json.dumps lays out its text. */
 typedef struct llm__jinja_layout {
-    llm__jinja_value comma, colon;
-    int64_t indent; /* -1: one line */
-    bool ascii, sorted;
+    llm__jinja_value comma, colon, indent;
+    bool lines, ascii, sorted; /* lines: each item is on a line of its own */
 } llm__jinja_layout;
 
 static void llm__jinja_put_json_string(llm__jinja_run *r, llm__jinja_buffer *b, const llm__jinja_value *s, bool ascii) {
@@ -7981,9 +8137,9 @@ static void llm__jinja_put_json_string(llm__jinja_run *r, llm__jinja_buffer *b, 
 }
 
 static void llm__jinja_put_newline(llm__jinja_run *r, llm__jinja_buffer *b, const llm__jinja_layout *l, int depth) {
-    if (l->indent < 0) return;
+    if (!l->lines) return;
     llm__jinja_put_text(r, b, "\n");
-    for (int64_t i = 0; i < l->indent * depth; i++) llm__jinja_put_text(r, b, " ");
+    for (int i = 0; i < depth; i++) llm__jinja_put_part(r, b, &l->indent, 0, l->indent.u.s.n);
 }
 
 /* The index of the key that is next in sorted order after the first `done`. Looks at all keys, as there are few. */
@@ -8050,14 +8206,12 @@ static void llm__jinja_put_json(llm__jinja_run *r, llm__jinja_buffer *b, const l
 
 /* ---- Functions, methods, filters and tests ---- */
 
-enum { LLM__JINJA_MAX_ARGS = 16 };
-
 /* Evaluated arguments. The named ones come last. */
 typedef struct llm__jinja_args {
     int n, n_positional;
     unsigned used; /* bit i: argument i has been used */
-    llm__jinja_value values[LLM__JINJA_MAX_ARGS];
-    llm__str names[LLM__JINJA_MAX_ARGS];
+    llm__jinja_value values[LLM__JINJA_MAX_ARGS + 1];
+    llm__str names[LLM__JINJA_MAX_ARGS + 1];
 } llm__jinja_args;
 
 /* Finds an argument by its place or its name. Returns NULL if it was not given. */
@@ -8172,9 +8326,12 @@ static llm__jinja_value llm__jinja_method(const llm__jinja_value *v, llm__str na
 /* v.name. As in Python, a dictionary's methods come before its keys: d.items is the method, and d['items'] the item. */
 static llm__jinja_value llm__jinja_attribute(llm__jinja_run *r, const llm__jinja_value *v, llm__str name) {
     static const char *const hidden[] = {"clear", "pop", "popitem", "setdefault", "update", NULL};
+    static const char *const macro[] = {"name", "arguments", "catch_kwargs", "catch_varargs", "caller", NULL};
     llm__jinja_value key = llm__jinja_text(name.at, name.n);
     if (v->type == LLM__J_UNDEFINED) llm__jinja_type_error(r, "an attribute", v);
     if (v->type == LLM__J_LOOP) return llm__jinja_loop_attribute(v->u.loop, name);
+    if (v->type == LLM__J_MACRO && llm__jinja_find(macro, name) >= 0)
+        llm__jinja_error(r, "the attribute %.*s of a macro is not supported", LLM__SHOW(name));
     llm__jinja_value method = llm__jinja_method(v, name);
     if (v->type != LLM__J_DICT || method.type == LLM__J_METHOD) return method;
     llm__jinja_value *found = llm__jinja_lookup(r, v->u.dict, &key);
@@ -8201,23 +8358,24 @@ static llm__jinja_value llm__jinja_item(llm__jinja_run *r, const llm__jinja_valu
 }
 
 /* A bound of a slice of n items, by Python's rules. */
-static int64_t llm__jinja_bound(llm__jinja_run *r, const llm__jinja_value *v, int64_t n, int64_t step,
-                                int64_t missing) {
+static int64_t llm__jinja_bound(const llm__jinja_value *v, int64_t n, int64_t step, int64_t missing) {
     if (v->type == LLM__J_NONE) return missing;
-    if (v->type != LLM__J_INT) llm__jinja_type_error(r, "a slice", v);
     int64_t i = v->u.i < 0 ? v->u.i + n : v->u.i, low = step < 0 ? -1 : 0, high = step < 0 ? n - 1 : n;
     return i < low ? low : i > high ? high : i;
 }
 
 static llm__jinja_value llm__jinja_slice(llm__jinja_run *r, const llm__jinja_value *v,
                                          const llm__jinja_value bounds[3]) {
-    int64_t step = bounds[2].type == LLM__J_NONE ? 1 : bounds[2].u.i;
     if ((v->type != LLM__J_LIST || v->is_lazy) && v->type != LLM__J_STR) llm__jinja_type_error(r, "a slice", v);
-    if (bounds[2].type != LLM__J_NONE && bounds[2].type != LLM__J_INT) llm__jinja_type_error(r, "a slice", &bounds[2]);
-    if (step == 0 || step > INT32_MAX || step < -INT32_MAX) llm__jinja_error(r, "a slice's step is 0 or too large");
+    for (int i = 0; i < 3; i++)
+        if (bounds[i].type != LLM__J_NONE && bounds[i].type != LLM__J_INT && bounds[i].type != LLM__J_BOOL)
+            llm__jinja_type_error(r, "a slice", &bounds[i]);
+    int64_t step = bounds[2].type == LLM__J_NONE ? 1 : bounds[2].u.i;
+    if (step == 0) llm__jinja_error(r, "a slice with a step of 0");
+    step = step > INT32_MAX ? INT32_MAX : step < -INT32_MAX ? -INT32_MAX : step;
     int64_t n = (int64_t)(v->type == LLM__J_LIST ? v->u.list->n : llm__jinja_length(r, v));
-    int64_t from = llm__jinja_bound(r, &bounds[0], n, step, step < 0 ? n - 1 : 0);
-    int64_t to = llm__jinja_bound(r, &bounds[1], n, step, step < 0 ? -1 : n);
+    int64_t from = llm__jinja_bound(&bounds[0], n, step, step < 0 ? n - 1 : 0);
+    int64_t to = llm__jinja_bound(&bounds[1], n, step, step < 0 ? -1 : n);
     if (v->type == LLM__J_STR && step == 1) {
         size_t begin = llm__jinja_byte_of(r, v, (size_t)from),
                end = llm__jinja_byte_of(r, v, (size_t)(to > from ? to : from));
@@ -8292,24 +8450,25 @@ struct tm *localtime_r(const time_t *time, struct tm *date); /* hidden by -std=c
 #endif
 
 /* A date by a format of strftime, in English. We do this ourselves, since the C library's result depends on the system
-   and the host's locale. After '%' a '-' removes zeros in front of a number. Text of the format stays the host's if it
-   is. */
+   and the host's locale. Text of the format stays the host's if it is. */
 static llm__jinja_value llm__jinja_format_date(llm__jinja_run *r, const llm__jinja_value *format,
                                                const struct tm *date) {
     static const char *const months[] = {"January", "February", "March",     "April",   "May",      "June",
                                          "July",    "August",   "September", "October", "November", "December"};
     static const char *const days[] = {"Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"};
     llm__jinja_buffer b = {NULL, NULL, 0, 0};
+    llm__str bad = llm__jinja_bad_directive(llm__jinja_str(format));
+    if (bad.n) llm__jinja_error(r, "strftime_now does not support \"%.*s\"", LLM__SHOW(bad));
     for (size_t i = 0, end; i < format->u.s.n; i = end) {
         end = i + 1;
         if (format->u.s.at[i] != '%') {
             llm__jinja_put_part(r, &b, format, i, end);
             continue;
         }
-        bool bare = end < format->u.s.n && format->u.s.at[end] == '-';
+        bool bare = format->u.s.at[end] == '-';
         end += bare;
-        char c = end < format->u.s.n ? format->u.s.at[end++] : 0, text[16];
-        int number = -1, width = 2;
+        char c = format->u.s.at[end++], text[16];
+        int number = 0, width = 2;
         const char *word = NULL;
         switch (c) {
         case 'Y':
@@ -8332,14 +8491,7 @@ static llm__jinja_value llm__jinja_format_date(llm__jinja_run *r, const llm__jin
         case 'A':
         case 'a': word = days[date->tm_wday]; break;
         case 'p': word = date->tm_hour < 12 ? "AM" : "PM"; break;
-        case '%': word = "%"; break;
-        default: break;
-        }
-        if (number < 0 && (!word || bare)) {
-            const uint8_t *next = (const uint8_t *)format->u.s.at + end; /* a whole character */
-            if (c) llm__utf8_decode(next - 1, &next);
-            llm__jinja_error(r, "strftime_now does not support \"%.*s\"",
-                             (int)(next - (const uint8_t *)format->u.s.at - (ptrdiff_t)i), format->u.s.at + i);
+        default: word = "%"; break;
         }
         if (word) snprintf(text, sizeof text, c == 'a' || c == 'b' ? "%.3s" : "%s", word);
         else snprintf(text, sizeof text, "%0*d", bare ? 1 : width, number);
@@ -8396,14 +8548,15 @@ static llm__jinja_value llm__jinja_call_function(llm__jinja_run *r, int number, 
 static llm__jinja_value llm__jinja_format(llm__jinja_run *r, const llm__jinja_value *s, llm__jinja_args *a) {
     llm__jinja_buffer b = {NULL, NULL, 0, 0};
     int next = 0, n_numbered = 0;
+    llm__str bad = llm__jinja_bad_field(llm__jinja_str(s));
+    if (bad.n) llm__jinja_error(r, "format does not support %.*s", LLM__SHOW(bad));
     for (size_t i = 0, end; i < s->u.s.n; i = end) {
         char c = s->u.s.at[i];
         end = i + 1;
         if ((c == '{' || c == '}') && end < s->u.s.n && s->u.s.at[end] == c) {
             end++;
         } else if (c == '{') {
-            while (end < s->u.s.n && llm__jinja_is_word(s->u.s.at[end])) end++;
-            if (end == s->u.s.n || s->u.s.at[end] != '}') llm__jinja_error(r, "format takes {}, {0} and {name} only");
+            while (s->u.s.at[end] != '}') end++;
             llm__str name = {s->u.s.at + i + 1, end - i - 1};
             const llm__jinja_value *v = NULL;
             if (!name.n) v = llm__jinja_arg(a, next++, NULL);
@@ -8417,7 +8570,7 @@ static llm__jinja_value llm__jinja_format(llm__jinja_run *r, const llm__jinja_va
             end++;
             continue;
         } else if (c == '}') {
-            llm__jinja_error(r, "format takes {}, {0} and {name} only");
+            llm__jinja_error(r, "format with a single }");
         }
         llm__jinja_put_part(r, &b, s, i, i + 1);
     }
@@ -8440,9 +8593,33 @@ static size_t llm__jinja_line_end(llm__jinja_run *r, const llm__jinja_value *s, 
     return (size_t)(p - begin);
 }
 
+/* Narrows *s to the slice that the arguments 1 and 2 of a method give, if any; *start is its first character. Returns
+   false if there is no such slice. */
+static bool llm__jinja_within(llm__jinja_run *r, llm__jinja_args *a, llm__jinja_value *s, int64_t *start) {
+    const llm__jinja_value *bounds[2] = {llm__jinja_arg(a, 1, NULL), llm__jinja_arg(a, 2, NULL)};
+    int64_t ends[2] = {0, 0};
+    if (!bounds[0] && !bounds[1]) return true;
+    ends[1] = llm__jinja_length(r, s);
+    for (int i = 0; i < 2; i++) {
+        if (!bounds[i] || bounds[i]->type == LLM__J_NONE) continue;
+        if (bounds[i]->type != LLM__J_INT && bounds[i]->type != LLM__J_BOOL)
+            llm__jinja_type_error(r, "a slice", bounds[i]);
+        int64_t n = ends[1];
+        ends[i] = i                    ? llm__jinja_bound(bounds[i], n, 1, n)
+                  : bounds[i]->u.i > n ? n + 1
+                                       : llm__jinja_bound(bounds[i], n, 1, 0);
+    }
+    if (ends[0] > ends[1]) return false;
+    *start = ends[0];
+    *s = llm__jinja_part(s, llm__jinja_byte_of(r, s, (size_t)ends[0]), llm__jinja_byte_of(r, s, (size_t)ends[1]));
+    return true;
+}
+
 static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, const llm__jinja_value *s,
                                                  llm__jinja_args *a) {
     const llm__jinja_value *x = NULL;
+    llm__jinja_value part = *s;
+    int64_t start = 0;
     switch (number) {
     case LLM__JM_strip: return llm__jinja_strip(r, s, llm__jinja_str_arg(r, a, 0, NULL), true, true);
     case LLM__JM_lstrip: return llm__jinja_strip(r, s, llm__jinja_str_arg(r, a, 0, NULL), true, false);
@@ -8457,6 +8634,7 @@ static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, 
         x = llm__jinja_need_arg(r, a, 0, "prefix");
         const llm__jinja_value *items = x;
         size_t n = 1;
+        bool inside = llm__jinja_within(r, a, &part, &start);
         if (x->type == LLM__J_LIST && x->is_tuple) {
             items = x->u.list->items;
             n = x->u.list->n;
@@ -8465,8 +8643,8 @@ static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, 
             if (items[i].type != LLM__J_STR) llm__jinja_type_error(r, "startswith or endswith", &items[i]);
             size_t m = items[i].u.s.n;
             llm__jinja_step(r, 1);
-            if (m <= s->u.s.n && !llm__jinja_differ(r, s->u.s.at + (number == LLM__JM_startswith ? 0 : s->u.s.n - m),
-                                                    items[i].u.s.at, m))
+            const char *at = part.u.s.at + (number == LLM__JM_startswith || m > part.u.s.n ? 0 : part.u.s.n - m);
+            if (inside && m <= part.u.s.n && !llm__jinja_differ(r, at, items[i].u.s.at, m))
                 return llm__jinja_bool(true);
         }
         return llm__jinja_bool(false);
@@ -8484,20 +8662,30 @@ static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, 
     case LLM__JM_capitalize: return llm__jinja_case(r, s, 'c');
     case LLM__JM_find:
     case LLM__JM_rfind:
+    case LLM__JM_index:
+    case LLM__JM_rindex:
     case LLM__JM_count: {
-        x = llm__jinja_str_arg(r, a, 0, "sub");
-        if (!x || !x->u.s.n) llm__jinja_error(r, "find and count need a non-empty string");
+        bool last = number == LLM__JM_rfind || number == LLM__JM_rindex,
+             inside = llm__jinja_within(r, a, &part, &start);
         int64_t count = 0;
         size_t place = SIZE_MAX;
-        for (size_t at = 0, found; (found = llm__jinja_search(r, s, x, at)) != SIZE_MAX;
+        x = llm__jinja_str_arg(r, a, 0, "sub");
+        if (!x) llm__jinja_error(r, "find, index and count need a string");
+        if (inside && !x->u.s.n) { /* it is before each character and at the end */
+            count = llm__jinja_length(r, &part) + 1;
+            place = last ? part.u.s.n : 0;
+        }
+        for (size_t at = 0, found; inside && x->u.s.n && (found = llm__jinja_search(r, &part, x, at)) != SIZE_MAX;
              at = number == LLM__JM_count ? found + x->u.s.n : found + 1) {
             count++;
             place = found;
-            if (number == LLM__JM_find) break;
+            if (number != LLM__JM_count && !last) break;
         }
         if (number == LLM__JM_count) return llm__jinja_int(count);
-        llm__jinja_value before = llm__jinja_part(s, 0, place == SIZE_MAX ? 0 : place);
-        return llm__jinja_int(place == SIZE_MAX ? -1 : (int64_t)llm__jinja_length(r, &before));
+        if (place == SIZE_MAX && (number == LLM__JM_index || number == LLM__JM_rindex))
+            llm__jinja_error(r, "the string does not contain \"%.*s\"", LLM__SHOW(llm__jinja_str(x)));
+        llm__jinja_value before = llm__jinja_part(&part, 0, place == SIZE_MAX ? 0 : place);
+        return llm__jinja_int(place == SIZE_MAX ? -1 : start + (int64_t)llm__jinja_length(r, &before));
     }
     case LLM__JM_join: {
         const llm__jinja_list *list = llm__jinja_iterate(r, llm__jinja_need_arg(r, a, 0, "iterable"));
@@ -8527,10 +8715,9 @@ static llm__jinja_value llm__jinja_string_method(llm__jinja_run *r, int number, 
     case LLM__JM_isdigit:
     case LLM__JM_isspace:
         llm__jinja_bytes(r, s->u.s.n);
-        for (size_t i = 0; i < s->u.s.n; i++) {
-            char c = s->u.s.at[i];
-            if ((uint8_t)c >= 0x80) llm__jinja_error(r, "isdigit and isspace are supported for ASCII only");
-            if (number == LLM__JM_isdigit ? !llm__jinja_is_digit(c) : !llm__jinja_is_space(c))
+        for (const uint8_t *p = (const uint8_t *)s->u.s.at, *end = p + s->u.s.n, *next; p < end; p = next) {
+            bool space = llm__jinja_space_at(r, p, &next);
+            if (number == LLM__JM_isdigit ? llm__jinja_digit(llm__utf8_decode(p, &next)) < 0 : !space)
                 return llm__jinja_bool(false);
         }
         return llm__jinja_bool(s->u.s.n != 0);
@@ -8542,10 +8729,15 @@ static llm__jinja_value llm__jinja_call_method(llm__jinja_run *r, int number, co
                                                llm__jinja_args *a) {
     llm__jinja_value list;
     if (v->type == LLM__J_STR) return llm__jinja_string_method(r, number, v, a);
-    if (v->type == LLM__J_DICT && number == LLM__JM_items) return llm__jinja_pairs(r, v);
+    if (v->type == LLM__J_DICT && number == LLM__JM_items) {
+        list = llm__jinja_pairs(r, v);
+        list.u.list->view = "dict_items";
+        return list;
+    }
     if (v->type == LLM__J_DICT && (number == LLM__JM_keys || number == LLM__JM_values)) {
         list = llm__jinja_new_list(r);
         list.is_lazy = true;
+        list.u.list->view = number == LLM__JM_keys ? "dict_keys" : "dict_values";
         for (size_t i = number == LLM__JM_values; i < v->u.dict->n; i += 2)
             llm__jinja_add(r, list.u.list, v->u.dict->items[i]);
         return list;
@@ -8576,6 +8768,7 @@ static llm__jinja_value llm__jinja_call_method(llm__jinja_run *r, int number, co
 /* Looks up an attribute by a path such as "function.name", for map, sort and selectattr. */
 static llm__jinja_value llm__jinja_path(llm__jinja_run *r, const llm__jinja_value *v, const llm__jinja_value *path) {
     llm__jinja_value at = *v;
+    if (path->type == LLM__J_NONE) return *v;
     if (path->type == LLM__J_INT) return llm__jinja_item(r, v, path);
     if (path->type != LLM__J_STR) llm__jinja_type_error(r, "an attribute's name", path);
     llm__jinja_bytes(r, path->u.s.n);
@@ -8593,12 +8786,8 @@ static llm__jinja_value llm__jinja_path(llm__jinja_run *r, const llm__jinja_valu
     return at;
 }
 
-static int llm__jinja_find_test(llm__str name) {
-    static const char *const operators[] = {"==", "!=", ">", ">=", "<", "<=", NULL};
-    static const uint8_t tests[] = {LLM__JT_eq, LLM__JT_ne, LLM__JT_gt, LLM__JT_ge, LLM__JT_lt, LLM__JT_le};
-    int i = llm__jinja_find(operators, name);
-    return i < 0 ? llm__jinja_find(llm__jinja_tests, name) : tests[i];
-}
+static llm__jinja_value llm__jinja_arithmetic(llm__jinja_run *r, int op, const llm__jinja_value *a,
+                                              const llm__jinja_value *b);
 
 static bool llm__jinja_run_test(llm__jinja_run *r, int number, const llm__jinja_value *v, llm__jinja_args *a) {
     static const char *const others[] = {"attr",   "batch",    "center",    "e",         "escape",  "filesizeformat",
@@ -8607,6 +8796,7 @@ static bool llm__jinja_run_test(llm__jinja_run *r, int number, const llm__jinja_
     bool needs = (number >= LLM__JT_equalto && number <= LLM__JT_in) || number == LLM__JT_divisibleby ||
                  number == LLM__JT_sameas;
     const llm__jinja_value *x = needs ? llm__jinja_arg(a, 0, NULL) : NULL;
+    llm__jinja_value other;
     if (needs && !x) llm__jinja_error(r, "this test needs an argument");
     switch (number) {
     case LLM__JT_defined: return v->type != LLM__J_UNDEFINED;
@@ -8615,8 +8805,8 @@ static bool llm__jinja_run_test(llm__jinja_run *r, int number, const llm__jinja_
     case LLM__JT_string: return v->type == LLM__J_STR;
     case LLM__JT_mapping: return v->type == LLM__J_DICT && !v->is_namespace;
     case LLM__JT_sequence:
-        return v->type == LLM__J_LIST || v->type == LLM__J_STR || (v->type == LLM__J_DICT && !v->is_namespace) ||
-               v->type == LLM__J_UNDEFINED;
+        return (v->type == LLM__J_LIST && !v->is_lazy) || v->type == LLM__J_STR ||
+               (v->type == LLM__J_DICT && !v->is_namespace) || v->type == LLM__J_UNDEFINED;
     case LLM__JT_iterable:
         return v->type == LLM__J_LIST || v->type == LLM__J_STR || (v->type == LLM__J_DICT && !v->is_namespace) ||
                v->type == LLM__J_UNDEFINED || v->type == LLM__J_LOOP;
@@ -8638,12 +8828,10 @@ static bool llm__jinja_run_test(llm__jinja_run *r, int number, const llm__jinja_
     case LLM__JT_in: return llm__jinja_contains(r, x, v);
     case LLM__JT_even:
     case LLM__JT_odd:
-        if (v->type != LLM__J_INT) llm__jinja_type_error(r, "even or odd", v);
-        return (v->u.i % 2 != 0) == (number == LLM__JT_odd);
-    case LLM__JT_divisibleby:
-        if (v->type != LLM__J_INT || x->type != LLM__J_INT || !x->u.i)
-            llm__jinja_error(r, "divisibleby needs two integers");
-        return x->u.i == -1 || v->u.i % x->u.i == 0;
+        other = llm__jinja_int(2);
+        other = llm__jinja_arithmetic(r, '%', v, &other);
+        return llm__jinja_as_double(&other) == (number == LLM__JT_odd);
+    case LLM__JT_divisibleby: other = llm__jinja_arithmetic(r, '%', v, x); return llm__jinja_as_double(&other) == 0;
     case LLM__JT_callable:
         return v->type == LLM__J_MACRO || v->type == LLM__J_FUNCTION || v->type == LLM__J_METHOD ||
                v->type == LLM__J_UNDEFINED;
@@ -8661,8 +8849,8 @@ static bool llm__jinja_run_test(llm__jinja_run *r, int number, const llm__jinja_
         return llm__jinja_find(llm__jinja_filters, llm__jinja_str(v)) >= 0 ||
                llm__jinja_find(others, llm__jinja_str(v)) >= 0;
     default: { /* lower, upper: as str.islower and str.isupper */
-        llm__jinja_value s = llm__jinja_as_text(r, v),
-                         other = llm__jinja_case(r, &s, number == LLM__JT_lower ? 'u' : 'l');
+        llm__jinja_value s = llm__jinja_as_text(r, v);
+        other = llm__jinja_case(r, &s, number == LLM__JT_lower ? 'u' : 'l');
         llm__jinja_value same = llm__jinja_case(r, &s, number == LLM__JT_lower ? 'l' : 'u');
         return llm__jinja_equal(r, &s, &same, 0) && !llm__jinja_equal(r, &s, &other, 0);
     }
@@ -8699,6 +8887,7 @@ static llm__jinja_value llm__jinja_select(llm__jinja_run *r, int number, const l
     for (size_t i = 0; i < items->n; i++) {
         llm__jinja_value v = by_attribute ? llm__jinja_path(r, &items->items[i], attribute) : items->items[i];
         bool holds = name ? llm__jinja_run_test(r, test, &v, &rest) : llm__jinja_truth(&v);
+        llm__jinja_args_done(r, &rest);
         if (holds == keep) llm__jinja_add(r, list.u.list, items->items[i]);
     }
     return list;
@@ -8708,13 +8897,27 @@ static llm__jinja_value llm__jinja_fold(llm__jinja_run *r, const llm__jinja_valu
     return v->type == LLM__J_STR && !case_sensitive ? llm__jinja_case(r, v, 'l') : *v;
 }
 
+/* What sort compares: a list of the values at the paths of `attribute`, such as "age,name"; without one, of v alone. */
+static llm__jinja_value llm__jinja_sort_key(llm__jinja_run *r, const llm__jinja_value *v, bool case_sensitive,
+                                            const llm__jinja_value *attribute) {
+    llm__jinja_value list = llm__jinja_new_list(r), comma = llm__jinja_text(",", 1),
+                     paths = attribute && attribute->type == LLM__J_STR
+                                 ? llm__jinja_split(r, attribute, &comma, -1, false)
+                                 : llm__jinja_new_list(r);
+    if (!paths.u.list->n) llm__jinja_add(r, paths.u.list, attribute ? *attribute : llm__jinja_make(LLM__J_NONE));
+    for (size_t i = 0; i < paths.u.list->n; i++) {
+        llm__jinja_value key = llm__jinja_path(r, v, &paths.u.list->items[i]);
+        llm__jinja_add(r, list.u.list, llm__jinja_fold(r, &key, case_sensitive));
+    }
+    return list;
+}
+
 /* sort: stable insertion sort; ignores the case of strings unless case_sensitive. */
 static llm__jinja_value llm__jinja_sort(llm__jinja_run *r, const llm__jinja_list *items, bool reverse,
                                         bool case_sensitive, const llm__jinja_value *attribute) {
     llm__jinja_value list = llm__jinja_new_list(r), keys = llm__jinja_new_list(r);
     for (size_t i = 0; i < items->n; i++) {
-        llm__jinja_value key = attribute ? llm__jinja_path(r, &items->items[i], attribute) : items->items[i];
-        llm__jinja_add(r, keys.u.list, llm__jinja_fold(r, &key, case_sensitive));
+        llm__jinja_add(r, keys.u.list, llm__jinja_sort_key(r, &items->items[i], case_sensitive, attribute));
         llm__jinja_add(r, list.u.list, items->items[i]);
         llm__jinja_value *k = keys.u.list->items, *x = list.u.list->items;
         for (size_t j = i; j; j--) {
@@ -8731,57 +8934,122 @@ static llm__jinja_value llm__jinja_sort(llm__jinja_run *r, const llm__jinja_list
     return list;
 }
 
-static llm__jinja_value llm__jinja_to_number(llm__jinja_run *r, const llm__jinja_value *v, bool integer,
+/* Reads Python's int(text, base): a sign, a prefix such as 0x, and digits with single underscores between them. */
+static bool llm__jinja_read_int(llm__jinja_run *r, const char *p, const char *end, int64_t base, int64_t *value) {
+    bool minus = p < end && *p == '-', after_digit = false, zero = true;
+    p += p < end && (*p == '-' || *p == '+');
+    char x = end - p > 2 && *p == '0' ? (char)(p[1] | 32) : 0;
+    int64_t prefix = x == 'x' ? 16 : x == 'o' ? 8 : x == 'b' ? 2 : 0;
+    bool only_zeros = base == 0 && !prefix && p < end && *p == '0';
+    if (prefix && (base == 0 || base == prefix)) {
+        base = prefix;
+        p += 2;
+        after_digit = true; /* an underscore may follow */
+    } else if (base == 0) {
+        base = 10;
+    }
+    if (base < 2 || base > 36 || p == end) return false;
+    for (*value = 0; p < end; p++) {
+        char c = (char)(*p | 32);
+        int digit = llm__jinja_is_digit(*p) ? *p - '0' : c >= 'a' && c <= 'z' ? c - 'a' + 10 : 36;
+        if (*p == '_' ? !after_digit || p + 1 == end : digit >= base) return false;
+        after_digit = *p != '_';
+        if (!after_digit) continue;
+        zero = zero && !digit;
+        if (__builtin_mul_overflow(*value, base, value) ||
+            __builtin_add_overflow(*value, (int64_t)(minus ? -digit : digit), value))
+            llm__jinja_error(r, "an integer is too large");
+    }
+    return zero || !only_zeros;
+}
+
+/* Copies digits, without single underscores between them, to *to. Returns where they end. */
+static const char *llm__jinja_copy_digits(const char *p, const char *end, char **to) {
+    for (const char *start = p; p < end; p++) {
+        bool between = *p == '_' && p > start && p + 1 < end && llm__jinja_is_digit(p[1]);
+        if (!between && !llm__jinja_is_digit(*p)) break;
+        if (!between) *(*to)++ = *p;
+    }
+    return p;
+}
+
+/* Reads Python's float(text). `plain` has room for the text. */
+static bool llm__jinja_read_float(const char *p, const char *end, char *plain, double *d) {
+    static const char *const words[] = {"inf", "infinity", "nan"};
+    char *to = plain;
+    bool minus = p < end && *p == '-';
+    p += p < end && (*p == '-' || *p == '+');
+    for (size_t i = 0, n; i < 3; i++) {
+        for (n = 0; p + n < end && words[i][n] && (p[n] | 32) == words[i][n];) n++;
+        if (words[i][n] || p + n < end) continue;
+        *d = i == 2 ? strtod("nan", NULL) : minus ? -HUGE_VAL : HUGE_VAL;
+        return true;
+    }
+    const char *q = llm__jinja_copy_digits(p, end, &to);
+    if (q < end && *q == '.') {
+        *to++ = *q;
+        q = llm__jinja_copy_digits(q + 1, end, &to);
+    }
+    if (to == plain || (to == plain + 1 && *plain == '.')) return false;
+    if (q < end && (*q | 32) == 'e') {
+        *to++ = *q++;
+        if (q < end && (*q == '-' || *q == '+')) *to++ = *q++;
+        const char *digits = to;
+        q = llm__jinja_copy_digits(q, end, &to);
+        if (to == digits) return false;
+    }
+    llm__str s = {plain, (size_t)(to - plain)};
+    *d = minus ? -llm__json_value(s) : llm__json_value(s);
+    return q == end;
+}
+
+/* The filters int, if it has a base, and float. */
+static llm__jinja_value llm__jinja_to_number(llm__jinja_run *r, const llm__jinja_value *v, const int64_t *base,
                                              const llm__jinja_value *missing) {
     double d = 0;
+    bool good = llm__jinja_is_number(v);
+    if (v->type == LLM__J_UNDEFINED) llm__jinja_type_error(r, "a number", v);
+    if (base && good && v->type != LLM__J_FLOAT) return llm__jinja_int(v->u.i);
+    if (base && good && v->u.large.digits.n) return *v;
+    if (good) d = llm__jinja_as_double(v);
     if (v->type == LLM__J_STR) {
         llm__jinja_value s = llm__jinja_strip(r, v, NULL, true, true);
-        llm__jinja_bytes(r, 4 * s.u.s.n); /* the digits are read several times */
-        const char *p = s.u.s.at, *end = p + s.u.s.n;
-        bool minus = p < end && *p == '-';
-        p += p < end && (*p == '-' || *p == '+');
-        llm__json_reader reader = llm__json_open(r->env, p, (size_t)(end - p));
-        llm__json number;
-        size_t digits = 0;
-        while (p + digits < end && llm__jinja_is_digit(p[digits])) digits++;
-        bool whole = digits && p + digits == end;
-        if (whole && integer && digits <= 18) {
-            int64_t i = 0;
-            for (; p < end; p++) i = i * 10 + (*p - '0');
-            return llm__jinja_int(minus ? -i : i);
+        char *text = (char *)llm__jinja_alloc(r, 2 * s.u.s.n + 1, 1), *end = text;
+        const uint8_t *p = (const uint8_t *)s.u.s.at, *last = p + s.u.s.n, *next;
+        llm__jinja_bytes(r, 4 * s.u.s.n);
+        for (; p < last; p = next) { /* all digits become ASCII, and other characters beyond it no part of a number */
+            uint32_t c = llm__utf8_decode(p, &next);
+            int digit = llm__jinja_digit(c);
+            *end++ = (char)(digit >= 0 && digit < 10 ? '0' + digit : c < 0x80 ? (int)c : '?');
         }
-        bool plain = digits && (p[0] != '0' || digits == 1);
-        for (size_t i = digits; plain && p + i < end; i++)
-            plain = llm__jinja_is_digit(p[i]) || p[i] == '.' || (p[i] | 32) == 'e' ||
-                    ((p[i] == '-' || p[i] == '+') && (p[i - 1] | 32) == 'e');
-        if (plain &&
-            (p[s.u.s.n - (size_t)(p - s.u.s.at) - 1] == '.' ||
-             (p + digits < end && p[digits] == '.' && !(p + digits + 1 < end && llm__jinja_is_digit(p[digits + 1])))))
-            plain = false;
-        if (!plain) return missing ? *missing : integer ? llm__jinja_int(0) : llm__jinja_float(0);
-        llm__json_number(&reader, &number);
-        if (reader.at != end) return missing ? *missing : integer ? llm__jinja_int(0) : llm__jinja_float(0);
-        d = minus ? -number.number : number.number;
-    } else if (llm__jinja_is_number(v)) {
-        if (integer && v->type != LLM__J_FLOAT) return llm__jinja_int(v->u.i);
-        d = llm__jinja_as_double(v);
-    } else if (v->type == LLM__J_UNDEFINED) {
-        llm__jinja_type_error(r, "a number", v);
-    } else {
-        return missing ? *missing : integer ? llm__jinja_int(0) : llm__jinja_float(0);
+        int64_t i;
+        if (base && llm__jinja_read_int(r, text, end, *base, &i)) return llm__jinja_int(i);
+        good = llm__jinja_read_float(text, end, end, &d) && !(base && d - d != 0);
     }
-    if (!integer) return llm__jinja_float(d);
+    if (!good || (base && d != d)) return missing ? *missing : base ? llm__jinja_int(0) : llm__jinja_float(0);
+    if (!base) return llm__jinja_float(d);
     if (!(d > -9e18 && d < 9e18)) llm__jinja_error(r, "%g does not fit an integer", d);
     return llm__jinja_int((int64_t)d);
+}
+
+static llm__jinja_value llm__jinja_repeat(llm__jinja_run *r, const llm__jinja_value *v, int64_t times);
+
+/* What lines are indented by: a string, or a number of spaces. */
+static llm__jinja_value llm__jinja_fill(llm__jinja_run *r, const llm__jinja_value *v) {
+    llm__jinja_value space = llm__jinja_text(" ", 1);
+    if (v->type == LLM__J_STR) return *v;
+    if (v->type != LLM__J_INT && v->type != LLM__J_BOOL) llm__jinja_type_error(r, "an indent", v);
+    return llm__jinja_repeat(r, &space, v->u.i);
 }
 
 static llm__jinja_value llm__jinja_tojson(llm__jinja_run *r, const llm__jinja_value *v, llm__jinja_args *a) {
     llm__jinja_layout l;
     llm__jinja_buffer b = {NULL, NULL, 0, 0};
     l.ascii = llm__jinja_flag_arg(a, 0, "ensure_ascii", false);
-    l.indent = llm__jinja_int_arg(r, a, 1, "indent", -1);
-    if (l.indent > 64) llm__jinja_error(r, "tojson with an indent above 64");
-    l.comma = l.indent < 0 ? llm__jinja_text(", ", 2) : llm__jinja_text(",", 1);
+    const llm__jinja_value *indent = llm__jinja_arg(a, 1, "indent");
+    l.lines = indent && indent->type != LLM__J_NONE;
+    if (l.lines) l.indent = llm__jinja_fill(r, indent);
+    l.comma = l.lines ? llm__jinja_text(",", 1) : llm__jinja_text(", ", 2);
     l.colon = llm__jinja_text(": ", 2);
     const llm__jinja_value *separators = llm__jinja_arg(a, 2, "separators");
     if (separators && separators->type != LLM__J_NONE) {
@@ -8800,13 +9068,7 @@ static llm__jinja_value llm__jinja_indent(llm__jinja_run *r, const llm__jinja_va
     llm__jinja_buffer b = {NULL, NULL, 0, 0};
     const llm__jinja_value *width = llm__jinja_arg(a, 0, "width");
     bool first = llm__jinja_flag_arg(a, 1, "first", false), blank = llm__jinja_flag_arg(a, 2, "blank", false);
-    llm__jinja_value fill = llm__jinja_text("                                                                ", 4);
-    if (width && width->type == LLM__J_STR) fill = *width;
-    else if (width) {
-        if (width->type != LLM__J_INT || width->u.i < 0 || width->u.i > 64)
-            llm__jinja_error(r, "indent takes a width from 0 to 64");
-        fill.u.s.n = (size_t)width->u.i;
-    }
+    llm__jinja_value fill = width ? llm__jinja_fill(r, width) : llm__jinja_text("    ", 4);
     bool more = true; /* a line follows: the text does not end yet, or ends with a line's end */
     for (size_t at = 0, line = 0, next; more; at = next, line++) {
         size_t end = llm__jinja_line_end(r, s, at, &next);
@@ -8820,7 +9082,7 @@ static llm__jinja_value llm__jinja_indent(llm__jinja_run *r, const llm__jinja_va
 
 /* Python's len(). */
 static int64_t llm__jinja_size(llm__jinja_run *r, const llm__jinja_value *v) {
-    if (v->type == LLM__J_LIST && !v->is_lazy) return (int64_t)v->u.list->n;
+    if (v->type == LLM__J_LIST && (!v->is_lazy || v->u.list->view)) return (int64_t)v->u.list->n;
     if (v->type == LLM__J_DICT && !v->is_namespace) return (int64_t)(v->u.dict->n / 2);
     if (v->type == LLM__J_STR) return (int64_t)llm__jinja_length(r, v);
     if (v->type != LLM__J_UNDEFINED) llm__jinja_type_error(r, "length", v);
@@ -8829,8 +9091,6 @@ static int64_t llm__jinja_size(llm__jinja_run *r, const llm__jinja_value *v) {
 
 static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, const llm__jinja_value *v,
                                               llm__jinja_args *a);
-static llm__jinja_value llm__jinja_arithmetic(llm__jinja_run *r, int op, const llm__jinja_value *a,
-                                              const llm__jinja_value *b);
 
 static llm__jinja_value llm__jinja_map(llm__jinja_run *r, const llm__jinja_list *items, llm__jinja_args *a) {
     llm__jinja_value list = llm__jinja_new_list(r);
@@ -8838,7 +9098,9 @@ static llm__jinja_value llm__jinja_map(llm__jinja_run *r, const llm__jinja_list 
     const llm__jinja_value *attribute = llm__jinja_arg(a, -1, "attribute"), *missing = llm__jinja_arg(a, -1, "default");
     const llm__jinja_value *name = attribute ? NULL : llm__jinja_str_arg(r, a, 0, NULL);
     int filter = name ? llm__jinja_find(llm__jinja_filters, llm__jinja_str(name)) : -1;
-    if (!attribute && filter < 0) llm__jinja_error(r, "map needs an attribute or a supported filter");
+    if (!attribute && !name) llm__jinja_error(r, "map needs an attribute or a filter");
+    if (!attribute && filter < 0)
+        llm__jinja_error(r, "the filter %.*s is not supported", LLM__SHOW(llm__jinja_str(name)));
     for (size_t i = 0; i < items->n; i++) {
         llm__jinja_value v;
         if (attribute) {
@@ -8847,9 +9109,11 @@ static llm__jinja_value llm__jinja_map(llm__jinja_run *r, const llm__jinja_list 
         } else {
             llm__jinja_args rest = llm__jinja_args_from(a, 1);
             v = llm__jinja_run_filter(r, filter, &items->items[i], &rest);
+            llm__jinja_args_done(r, &rest);
         }
         llm__jinja_add(r, list.u.list, v);
     }
+    if (!attribute) a->used = ~0u; /* of no items, the filter is not run */
     return list;
 }
 
@@ -8967,14 +9231,20 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
         s.is_markup = true;
         break;
     case LLM__JF_string: s = llm__jinja_as_text(r, v); break;
-    case LLM__JF_int:
-    case LLM__JF_float: s = llm__jinja_to_number(r, v, number == LLM__JF_int, llm__jinja_arg(a, 0, "default")); break;
+    case LLM__JF_int: {
+        int64_t base = llm__jinja_int_arg(r, a, 1, "base", 10);
+        s = llm__jinja_to_number(r, v, &base, llm__jinja_arg(a, 0, "default"));
+        break;
+    }
+    case LLM__JF_float: s = llm__jinja_to_number(r, v, NULL, llm__jinja_arg(a, 0, "default")); break;
     case LLM__JF_items: s = llm__jinja_pairs(r, v); break;
     case LLM__JF_dictsort: {
         llm__jinja_value place = llm__jinja_int(0);
         bool sensitive = llm__jinja_flag_arg(a, 0, "case_sensitive", false);
         x = llm__jinja_str_arg(r, a, 1, "by");
         if (x && llm__str_is(llm__jinja_str(x), "value")) place.u.i = 1;
+        else if (x && !llm__str_is(llm__jinja_str(x), "key")) llm__jinja_error(r, "dictsort is by key or by value");
+        if (v->type == LLM__J_UNDEFINED) llm__jinja_type_error(r, "dictsort", v);
         list = llm__jinja_pairs(r, v);
         s = llm__jinja_sort(r, list.u.list, llm__jinja_flag_arg(a, 2, "reverse", false), sensitive, &place);
         break;
@@ -8983,7 +9253,7 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
         bool reverse = llm__jinja_flag_arg(a, 0, "reverse", false),
              sensitive = llm__jinja_flag_arg(a, 1, "case_sensitive", false);
         x = llm__jinja_arg(a, 2, "attribute");
-        s = llm__jinja_sort(r, llm__jinja_iterate(r, v), reverse, sensitive, x && x->type != LLM__J_NONE ? x : NULL);
+        s = llm__jinja_sort(r, llm__jinja_iterate(r, v), reverse, sensitive, x);
         break;
     }
     case LLM__JF_unique: {
@@ -8992,6 +9262,7 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
         x = llm__jinja_arg(a, 1, "attribute");
         list = llm__jinja_new_list(r);
         s = llm__jinja_new_list(r);
+        s.is_lazy = true;
         for (size_t i = 0; i < items->n; i++) {
             llm__jinja_value key = x ? llm__jinja_path(r, &items->items[i], x) : items->items[i];
             key = llm__jinja_fold(r, &key, sensitive);
@@ -9003,12 +9274,15 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
     }
     case LLM__JF_reverse: {
         llm__jinja_value bounds[3] = {llm__jinja_make(LLM__J_NONE), llm__jinja_make(LLM__J_NONE), llm__jinja_int(-1)};
-        s = v->type == LLM__J_UNDEFINED ? llm__jinja_new_list(r) : llm__jinja_slice(r, v, bounds);
+        list = llm__jinja_make(LLM__J_LIST);
+        if (v->type != LLM__J_STR) list.u.list = llm__jinja_iterate(r, v);
+        s = llm__jinja_slice(r, v->type == LLM__J_STR ? v : &list, bounds);
+        s.is_lazy = v->type != LLM__J_STR && !(v->type == LLM__J_LIST && v->is_lazy && !v->u.list->view);
         break;
     }
     case LLM__JF_indent:
-        s = llm__jinja_as_text(r, v);
-        s = llm__jinja_indent(r, &s, a);
+        if (v->type != LLM__J_STR) llm__jinja_type_error(r, "indent", v);
+        s = llm__jinja_indent(r, v, a);
         break;
     case LLM__JF_abs:
         if (!llm__jinja_is_number(v)) llm__jinja_type_error(r, "abs", v);
@@ -9018,12 +9292,29 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
     case LLM__JF_round: {
         int64_t precision = llm__jinja_int_arg(r, a, 0, "precision", 0);
         x = llm__jinja_str_arg(r, a, 1, "method");
-        if (!llm__jinja_is_number(v) || precision < 0 || precision > 15)
-            llm__jinja_error(r, "round takes a number and a precision from 0 to 15");
-        double power = 1, d = llm__jinja_as_double(v);
-        for (int64_t i = 0; i < precision; i++) power *= 10;
         bool up = x && llm__str_is(llm__jinja_str(x), "ceil"), down = x && llm__str_is(llm__jinja_str(x), "floor");
-        s = llm__jinja_float((up ? ceil(d * power) : down ? floor(d * power) : nearbyint(d * power)) / power);
+        if (!llm__jinja_is_number(v)) llm__jinja_type_error(r, "round", v);
+        if (x && !up && !down && !llm__str_is(llm__jinja_str(x), "common"))
+            llm__jinja_error(r, "round is common, ceil or floor");
+        if (precision < -300 || precision > 300) llm__jinja_error(r, "round takes a precision from -300 to 300");
+        llm__jinja_bytes(r, 640);
+        double power = pow(10, (double)precision), d = llm__jinja_as_double(v);
+        char text[640];
+        if (up || down) {
+            s = llm__jinja_float((up ? ceil(d * power) : floor(d * power)) / power);
+        } else if (precision < 0) {
+            power = pow(10, (double)-precision);
+            d = nearbyint(d / power) * power;
+            if (v->type != LLM__J_FLOAT && fabs(d) > 9e15) llm__jinja_error(r, "an integer is too large");
+            s = v->type == LLM__J_FLOAT ? llm__jinja_float(d) : llm__jinja_int((int64_t)d);
+        } else if (v->type != LLM__J_FLOAT) {
+            s = llm__jinja_int(v->u.i);
+        } else if (v->u.large.digits.n) {
+            s = *v;
+        } else { /* the decimal digits of a float are exact, so that 1.115 becomes 1.11 as in Python */
+            snprintf(text, sizeof text, "%.*f", (int)precision, d);
+            s = llm__jinja_float(strtod(text, NULL));
+        }
         break;
     }
     case LLM__JF_sum: {
@@ -9031,15 +9322,11 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
         x = llm__jinja_arg(a, 0, "attribute");
         const llm__jinja_value *start = llm__jinja_arg(a, 1, "start");
         s = start ? *start : llm__jinja_int(0);
+        if (s.type == LLM__J_STR) llm__jinja_type_error(r, "sum", &s);
         llm__jinja_step(r, items->n);
         for (size_t i = 0; i < items->n; i++) {
             llm__jinja_value item = x ? llm__jinja_path(r, &items->items[i], x) : items->items[i];
-            if (!llm__jinja_is_number(&item) || !llm__jinja_is_number(&s)) llm__jinja_type_error(r, "sum", &item);
-            if (s.type == LLM__J_FLOAT || item.type == LLM__J_FLOAT)
-                s = llm__jinja_float(llm__jinja_as_double(&s) + llm__jinja_as_double(&item));
-            else if ((item.u.i > 0 && s.u.i > INT64_MAX - item.u.i) || (item.u.i < 0 && s.u.i < INT64_MIN - item.u.i))
-                llm__jinja_error(r, "an integer is too large");
-            else s = llm__jinja_int(s.u.i + item.u.i);
+            s = llm__jinja_arithmetic(r, '+', &s, &item);
         }
         break;
     }
@@ -9072,8 +9359,6 @@ static void llm__jinja_eval_args(llm__jinja_run *r, const llm__jinja_node *node,
     memset(a, 0, sizeof *a);
     for (; node; node = node->next) {
         bool named = node->kind == LLM__J_PLUS && node->op == '=';
-        if (a->n == LLM__JINJA_MAX_ARGS) llm__jinja_error(r, "more than %d arguments", LLM__JINJA_MAX_ARGS);
-        if (!named && a->n > a->n_positional) llm__jinja_error(r, "a positional argument after a named one");
         a->names[a->n] = node->name;
         a->values[a->n++] = llm__jinja_eval(r, named ? node->a : node);
         a->n_positional += !named;
@@ -9095,16 +9380,31 @@ static llm__jinja_value llm__jinja_variable(llm__jinja_run *r, llm__str name) {
 
 static const llm__str llm__jinja_caller = {"caller", 6};
 
+/* Enters a new scope inside of `parent`. Scopes are not on the stack, since a macro may outlive the one around it. */
+static llm__jinja_scope *llm__jinja_enter_scope(llm__jinja_run *r, llm__jinja_scope *parent) {
+    llm__jinja_scope *scope = (llm__jinja_scope *)memset(llm__jinja_alloc(r, 1, sizeof *scope), 0, sizeof *scope);
+    scope->parent = parent;
+    return r->scope = scope;
+}
+
+/* A macro or a call block that sees the current scope. */
+static llm__jinja_value llm__jinja_new_macro(llm__jinja_run *r, const llm__jinja_node *node) {
+    llm__jinja_value v = llm__jinja_make(LLM__J_MACRO);
+    v.u.macro.node = node;
+    if (r->scope == r->top && node->kind == LLM__J_DEFINE) return v;
+    v.u.macro.scope = (llm__jinja_scope **)llm__jinja_alloc(r, 1, sizeof *v.u.macro.scope);
+    *v.u.macro.scope = r->scope;
+    return v;
+}
+
 static llm__jinja_value llm__jinja_call_macro(llm__jinja_run *r, const llm__jinja_value *f, llm__jinja_args *a) {
     const llm__jinja_node *macro = f->u.macro.node;
-    llm__jinja_scope scope, *outside = r->scope;
+    llm__jinja_scope *outside = r->scope, *around = f->u.macro.scope ? *f->u.macro.scope : r->top;
     llm__jinja_buffer out = r->out;
     int place = 0;
-    memset(&scope, 0, sizeof scope);
     memset(&r->out, 0, sizeof r->out);
-    scope.parent = f->u.macro.scope ? *f->u.macro.scope : r->top;
-    if (!scope.parent) llm__jinja_error(r, "caller() is called after the end of its call block");
-    r->scope = &scope;
+    if (!around) llm__jinja_error(r, "caller() is called after the end of its call block");
+    llm__jinja_enter_scope(r, around);
     for (const llm__jinja_node *parameter = macro->args; parameter; parameter = parameter->next, place++) {
         const llm__jinja_value *given = NULL;
         if (place < a->n_positional) given = llm__jinja_arg(a, place, NULL);
@@ -9152,6 +9452,7 @@ static llm__jinja_value llm__jinja_call(llm__jinja_run *r, const llm__jinja_node
 static llm__jinja_value llm__jinja_repeat(llm__jinja_run *r, const llm__jinja_value *v, int64_t times) {
     llm__jinja_value list = llm__jinja_new_list(r);
     llm__jinja_buffer b = {NULL, NULL, 0, 0};
+    list.is_tuple = v->is_tuple;
     for (int64_t k = 0; k < times; k++) {
         llm__jinja_step(r, 1);
         if (v->type == LLM__J_STR) llm__jinja_put_part(r, &b, v, 0, v->u.s.n);
@@ -9179,9 +9480,10 @@ static llm__jinja_value llm__jinja_arithmetic(llm__jinja_run *r, int op, const l
         for (size_t i = 0; i < b->u.list->n; i++) llm__jinja_add(r, list.u.list, b->u.list->items[i]);
         return list;
     }
-    if (op == '*' && b->type == LLM__J_INT && (a->type == LLM__J_STR || a->type == LLM__J_LIST))
+    bool counts[2] = {a->type == LLM__J_INT || a->type == LLM__J_BOOL, b->type == LLM__J_INT || b->type == LLM__J_BOOL};
+    if (op == '*' && counts[1] && (a->type == LLM__J_STR || a->type == LLM__J_LIST))
         return llm__jinja_repeat(r, a, b->u.i);
-    if (op == '*' && a->type == LLM__J_INT && (b->type == LLM__J_STR || b->type == LLM__J_LIST))
+    if (op == '*' && counts[0] && (b->type == LLM__J_STR || b->type == LLM__J_LIST))
         return llm__jinja_repeat(r, b, a->u.i);
     if (!llm__jinja_is_number(a)) llm__jinja_type_error(r, "arithmetic", a);
     if (!llm__jinja_is_number(b)) llm__jinja_type_error(r, "arithmetic", b);
@@ -9367,14 +9669,11 @@ static void llm__jinja_assign_targets(llm__jinja_run *r, const llm__jinja_node *
 
 static void llm__jinja_exec_for(llm__jinja_run *r, const llm__jinja_node *node) {
     llm__jinja_value v = llm__jinja_eval(r, node->a), list = llm__jinja_new_list(r);
-    llm__jinja_scope scope, *outside = r->scope;
-    memset(&scope, 0, sizeof scope);
     r->at = node;
     const llm__jinja_list *items = llm__jinja_iterate(r, &v);
-    scope.parent = outside;
+    llm__jinja_scope *outside = r->scope, *scope = llm__jinja_enter_scope(r, outside);
     for (size_t i = 0; i < items->n && node->b; i++) { /* the items that the loop's `if` lets through */
-        scope.variables.n = 0;
-        r->scope = &scope;
+        scope->variables.n = 0;
         llm__jinja_assign_targets(r, node->args, &items->items[i]);
         llm__jinja_value holds = llm__jinja_eval(r, node->b);
         if (llm__jinja_truth(&holds)) llm__jinja_add(r, list.u.list, items->items[i]);
@@ -9392,8 +9691,8 @@ static void llm__jinja_exec_for(llm__jinja_run *r, const llm__jinja_node *node) 
     llm__str name = {"loop", 4};
     for (size_t i = 0; i < items->n && !r->breaks; i++) {
         loop->index = i;
-        scope.variables.n = 0;
-        r->scope = &scope;
+        scope->variables.n = 0;
+        r->scope = scope;
         r->continues = false;
         llm__jinja_assign(r, name, self);
         llm__jinja_assign_targets(r, node->args, &items->items[i]);
@@ -9411,12 +9710,9 @@ static llm__jinja_value llm__jinja_captured(llm__jinja_run *r, const llm__jinja_
     llm__jinja_exec(r, node->body);
     llm__jinja_value v = llm__jinja_finish(&r->out);
     r->out = out;
-    const llm__jinja_node *filters[16], *f = node->a;
+    const llm__jinja_node *filters[LLM__JINJA_MAX_FILTERS], *f = node->a;
     int n = 0;
-    for (; f->kind == LLM__J_FILTER; f = f->a) {
-        if (n == 16) llm__jinja_error(r, "more than 16 filters");
-        filters[n++] = f;
-    }
+    for (; f->kind == LLM__J_FILTER; f = f->a) filters[n++] = f;
     while (n--) {
         llm__jinja_eval_args(r, filters[n]->args, &args);
         r->at = filters[n];
@@ -9429,14 +9725,10 @@ static llm__jinja_value llm__jinja_captured(llm__jinja_run *r, const llm__jinja_
 /* Calls a macro with the body of a call block as its argument `caller`. The body sees the variables around it. */
 static void llm__jinja_exec_call(llm__jinja_run *r, const llm__jinja_node *node) {
     llm__jinja_args args;
-    llm__jinja_value v = llm__jinja_eval(r, node->a->a), body = llm__jinja_make(LLM__J_MACRO);
-    body.u.macro.node = node;
-    body.u.macro.scope = (llm__jinja_scope **)llm__jinja_alloc(r, 1, sizeof *body.u.macro.scope);
-    *body.u.macro.scope = r->scope;
+    llm__jinja_value v = llm__jinja_eval(r, node->a->a), body = llm__jinja_new_macro(r, node);
     llm__jinja_eval_args(r, node->a->args, &args);
     r->at = node;
     if (v.type != LLM__J_MACRO) llm__jinja_type_error(r, "a call block", &v);
-    if (args.n == LLM__JINJA_MAX_ARGS) llm__jinja_error(r, "more than %d arguments", LLM__JINJA_MAX_ARGS - 1);
     args.names[args.n] = llm__jinja_caller;
     args.values[args.n++] = body;
     v = llm__jinja_call_macro(r, &v, &args);
@@ -9446,7 +9738,7 @@ static void llm__jinja_exec_call(llm__jinja_run *r, const llm__jinja_node *node)
 
 static void llm__jinja_exec_node(llm__jinja_run *r, const llm__jinja_node *node) {
     llm__jinja_value v;
-    llm__jinja_scope scope, *outside = r->scope;
+    llm__jinja_scope *outside = r->scope, *scope;
     switch (node->kind) {
     case LLM__J_TEXT: llm__jinja_put(r, &r->out, node->value.u.s.at, node->value.u.s.n, NULL); break;
     case LLM__J_OUTPUT:
@@ -9473,21 +9765,18 @@ static void llm__jinja_exec_node(llm__jinja_run *r, const llm__jinja_node *node)
         llm__jinja_put_value(r, &r->out, &v, 0);
         break;
     case LLM__J_WITH:
-        memset(&scope, 0, sizeof scope);
-        scope.parent = outside;
+        scope = llm__jinja_enter_scope(r, outside);
         for (const llm__jinja_node *a = node->args; a; a = a->next) {
             r->scope = outside;
             v = llm__jinja_eval(r, a->a);
-            r->scope = &scope;
+            r->scope = scope;
             llm__jinja_assign(r, a->name, v);
         }
-        r->scope = &scope;
         llm__jinja_exec(r, node->body);
         r->scope = outside;
         break;
     case LLM__J_DEFINE:
-        v = llm__jinja_make(LLM__J_MACRO);
-        v.u.macro.node = node;
+        v = llm__jinja_new_macro(r, node);
         llm__jinja_assign(r, node->name, v);
         break;
     case LLM__J_CALL_BLOCK: llm__jinja_exec_call(r, node); break;
@@ -23433,8 +23722,17 @@ static uint32_t llm__gram_take_count(llm__gram_reader *r) {
     return count;
 }
 
-/* Reads *, +, ? or {m,n}, if there is one. */
-static bool llm__gram_take_quantifier(llm__gram_reader *r, uint32_t *min, uint32_t *max) {
+/* In GBNF, skips blanks and comments, and line ends if they do not end the rule. */
+static void llm__gram_skip_blanks(llm__gram_reader *r, bool lines) {
+    for (; r->at < r->end; r->at++) {
+        if (*r->at == '#')
+            while (r->at + 1 < r->end && r->at[1] != '\n' && r->at[1] != '\r') r->at++;
+        else if (*r->at != ' ' && *r->at != '\t' && !(lines && (*r->at == '\n' || *r->at == '\r'))) return;
+    }
+}
+
+/* Reads *, +, ? or {m,n}, if there is one. `blanks`: GBNF's blanks may be in the braces. */
+static bool llm__gram_take_quantifier(llm__gram_reader *r, bool blanks, uint32_t *min, uint32_t *max) {
     *min = 0;
     *max = LLM__GRAM_ENDLESS;
     if (llm__gram_take(r, '*')) return true;
@@ -23447,8 +23745,14 @@ static bool llm__gram_take_quantifier(llm__gram_reader *r, uint32_t *min, uint32
         return true;
     }
     if (!llm__gram_take(r, '{')) return false;
+    if (blanks) llm__gram_skip_blanks(r, r->depth > 0);
     *min = *max = llm__gram_take_count(r);
-    if (llm__gram_take(r, ',')) *max = llm__gram_peek(r) == '}' ? LLM__GRAM_ENDLESS : llm__gram_take_count(r);
+    if (blanks) llm__gram_skip_blanks(r, r->depth > 0);
+    if (llm__gram_take(r, ',')) {
+        if (blanks) llm__gram_skip_blanks(r, r->depth > 0);
+        *max = llm__gram_peek(r) == '}' ? LLM__GRAM_ENDLESS : llm__gram_take_count(r);
+        if (blanks) llm__gram_skip_blanks(r, r->depth > 0);
+    }
     if (!llm__gram_take(r, '}')) llm__gram_fail(r, "a } is expected");
     if (*max < *min) llm__gram_fail(r, "the maximum is below the minimum");
     return true;
@@ -23660,7 +23964,7 @@ static uint32_t llm__gram_regex_sequence(llm__gram_reader *r) {
             break;
         }
         uint32_t atom = llm__gram_regex_atom(r);
-        if (llm__gram_take_quantifier(r, &min, &max)) {
+        if (llm__gram_take_quantifier(r, false, &min, &max)) {
             llm__gram_take(r, '?'); /* taking as little as possible changes nothing about what is matched */
             atom = llm__gram_repeat_of(r->b, atom, min, max);
         }
@@ -23710,15 +24014,6 @@ static bool llm__gram_is_name(int c) {
     return (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z') || c == '-' || c == '_';
 }
 
-/* Skips blanks and comments, and line ends if they do not end the rule. */
-static void llm__gram_skip_blanks(llm__gram_reader *r, bool lines) {
-    for (; r->at < r->end; r->at++) {
-        if (*r->at == '#')
-            while (r->at + 1 < r->end && r->at[1] != '\n' && r->at[1] != '\r') r->at++;
-        else if (*r->at != ' ' && *r->at != '\t' && !(lines && (*r->at == '\n' || *r->at == '\r'))) return;
-    }
-}
-
 /* The number of the rule of a name, which may be a new one. The table has the rules by their names. */
 static uint32_t llm__gram_find_rule(llm__gram_builder *b, llm__gram_table *table, llm__str name) {
     if (2 * b->n_rules >= table->mask) {
@@ -23738,7 +24033,7 @@ static uint32_t llm__gram_find_rule(llm__gram_builder *b, llm__gram_table *table
 
 /* A character of a literal or a class. */
 static uint32_t llm__gram_gbnf_char(llm__gram_reader *r) {
-    static const char letters[] = "tnr\\\"[]", meanings[] = "\t\n\r\\\"[]";
+    static const char letters[] = "tnr\\\"[]-", meanings[] = "\t\n\r\\\"[]-";
     uint32_t c = llm__gram_take_char(r);
     if (c != '\\') return c;
     c = llm__gram_take_char(r);
@@ -23809,8 +24104,10 @@ static uint32_t llm__gram_gbnf_alternatives(llm__gram_reader *r, llm__gram_table
         uint32_t seq = llm__gram_new(r->b, LLM__GRAM_SEQ, 0, 0);
         while ((atom = llm__gram_gbnf_atom(r, names)) != 0) {
             llm__gram_skip_blanks(r, r->depth > 0);
-            if (llm__gram_take_quantifier(r, &min, &max)) atom = llm__gram_repeat_of(r->b, atom, min, max);
-            llm__gram_skip_blanks(r, r->depth > 0);
+            while (llm__gram_take_quantifier(r, true, &min, &max)) {
+                atom = llm__gram_repeat_of(r->b, atom, min, max);
+                llm__gram_skip_blanks(r, r->depth > 0);
+            }
             llm__gram_add(r->b, seq, atom);
         }
         llm__gram_add(r->b, alt, seq);

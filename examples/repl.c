@@ -484,6 +484,7 @@ static llm_status generate(repl *r, const char *text, llm_error *err) {
                               .grammar = r->grammar,
                               .on_text = on_text,
                               .on_token = on_token,
+                              .text_has_marks = r->tools != NULL,
                               .cancel = interrupted,
                               .draft = r->opt.draft ? &r->draft : NULL,
                               .draft_max = r->opt.draft_max,
@@ -524,12 +525,27 @@ static void close_answer(repl *r) {
     r->said_left_out = r->said_left_out || r->stats.n_left_out;
 }
 
-/* Answers one input. Returns 0, or 1 after a failure, which leaves the conversation unchanged. */
-static int answer(repl *r, const char *text) {
+/* Shows the calls of tools in the answer. */
+static void show_calls(const repl *r) {
+    llm_tool_calls *calls;
     llm_error err;
-    if (!r->opt.raw) push_message(r, "user", text, strlen(text));
+    if (llm_tool_calls_read(&calls, r->answer, (size_t)arrlen(r->answer), NULL, &err)) {
+        fprintf(stderr, "A call of a tool in the answer cannot be read: %s\n", err.message);
+        return;
+    }
+    for (int i = 0; i < calls->n_calls; i++)
+        fprintf(stderr, "Call of %s with %s\n", calls->calls[i].name, calls->calls[i].arguments);
+    llm_tool_calls_free(calls);
+}
+
+/* Answers one input of the user or of a tool. Returns 0, or 1 after a failure, which leaves the conversation
+   unchanged. */
+static int answer(repl *r, const char *role, const char *text) {
+    llm_error err;
+    if (!r->opt.raw) push_message(r, role, text, strlen(text));
     llm_status status = generate(r, text, &err);
     if (status == LLM_OK) close_answer(r);
+    if (status == LLM_OK && r->tools && !r->ranks.rank) show_calls(r);
     bool nothing = status != LLM_OK || (r->stats.stop == LLM_STOP_CALLBACK && !arrlen(r->answer));
     if (!r->opt.raw && nothing) pop_message(r);
     else if (!r->opt.raw) push_message(r, "assistant", arrlen(r->answer) ? r->answer : "", (size_t)arrlen(r->answer));
@@ -618,10 +634,11 @@ static char *next_line(repl *r) {
 
 /* ---- Chat ---------------------------------------------------------------------------------------------------- */
 
-static const char help[] = "/reset  forget the conversation\n"
-                           "/stats  figures of the last answer\n"
-                           "/help   this\n"
-                           "/quit   end; Ctrl-D does too\n"
+static const char help[] = "/reset        forget the conversation\n"
+                           "/tool RESULT  what a tool returned that the model has called\n"
+                           "/stats        figures of the last answer\n"
+                           "/help         this\n"
+                           "/quit         end; Ctrl-D does too\n"
                            "Ctrl-C stops an answer, or clears the line being typed.\n";
 
 /* Runs a line that begins with a slash. Returns false if the program should end. */
@@ -644,15 +661,16 @@ static int chat(repl *r) {
     if (!r->ranks.rank && isatty(STDIN_FILENO) && isatty(STDERR_FILENO)) open_editor(r);
     if (r->editor) greet(r);
     while ((line = next_line(r)) && !ferror(stdout)) {
-        if (*line == '/') {
+        if (!strncmp(line, "/tool ", 6)) failed |= answer(r, "tool", line + 6);
+        else if (*line == '/') {
             if (!command(r, line)) break;
-        } else if (*line) failed |= answer(r, line);
+        } else if (*line) failed |= answer(r, "user", line);
     }
     return r->editor ? 0 : failed;
 }
 
 static int answer_once(repl *r) {
-    int failed = answer(r, r->opt.prompt);
+    int failed = answer(r, "user", r->opt.prompt);
     if (!failed) print_figures(r);
     return failed ? failed : n_interrupts ? 130 : 0;
 }

@@ -100,6 +100,9 @@ static void test_errors(void **state) {
             "{% for i in [1] %}{% call m() %}{{ i }}{% endcall %}{% endfor %}{% set f = ns.f %}{{ f() }}",
             messages, 1, LLM_ERROR_ARGUMENT, "after the end of its call block");
     refuses("{{ x.y }}", messages, 1, LLM_ERROR_ARGUMENT, "'x' is undefined");
+    refuses("{% macro m() %}{% endmacro %}{{ m.name }}", messages, 1, LLM_ERROR_ARGUMENT,
+            "the attribute name of a macro is not supported");
+    refuses("{% set f = '{:>3}' %}{{ f.format(1) }}", messages, 1, LLM_ERROR_ARGUMENT, "format does not support {:>3}");
     refuses("{{ raise_exception('no ' + messages[0].content) }}", messages, 1, LLM_ERROR_ARGUMENT,
             "refuses these messages: no a");
     refuses(CHATML, messages, 0, LLM_ERROR_ARGUMENT, "there are 0 messages");
@@ -109,6 +112,32 @@ static void test_errors(void **state) {
 
 /* A template that cannot be run is known once the tokenizer is loaded. */
 static void test_problem(void **state) {
+    static const char *const refused[][2] = {
+        {"{% if false %}{{ l|map('wordwrap', 5) }}{% endif %}", "the filter wordwrap is not supported"},
+        {"{{ l|map('nothing') }}", "the filter nothing is not supported"},
+        {"{{ l|select('nothing') }}", "the test nothing is not supported"},
+        {"{{ l|reject('=') }}", "the test = is not supported"},
+        {"{{ l|selectattr('a', 'nothing', 1) }}", "the test nothing is not supported"},
+        {"{{ l|rejectattr('a', 'nothing') }}", "the test nothing is not supported"},
+        {"{{ 'a{}{:>5}'.format(1, 2) }}", "format does not support {:>5}"},
+        {"{{ '{{{a.b}'.format(a=1) }}", "format does not support {a.b}"},
+        {"{{ '{!r}'.format(1) }}", "format does not support {!r}"},
+        {"{{ '{'.format(1) }}", "format does not support {"},
+        {"{{ '%d' % 5 }}", "the operator % with a string is not supported"},
+        {"{{ '%d'|format(5) }}", "the filter format is not supported"},
+        {"{{ strftime_now('%d %e') }}", "strftime_now does not support \"%e\""},
+        {"{{ strftime_now('a%-') }}", "strftime_now does not support \"%-\""},
+        {"{% set sep = joiner() %}", "jinja2's variable joiner is not supported"},
+        {"{% set c = cycler('a', 'b') %}", "jinja2's variable cycler is not supported"},
+        {"{{ lipsum(1) }}", "jinja2's variable lipsum is not supported"},
+        {"{{ self.title }}", "jinja2's variable self is not supported"},
+        {"{% macro m() %}{{ varargs }}{% endmacro %}", "jinja2's variable varargs is not supported"},
+        {"{% macro m() %}{{ kwargs.a }}{% endmacro %}", "jinja2's variable kwargs is not supported"},
+        {"{% call m() %}{{ kwargs }}{% endcall %}", "jinja2's variable kwargs is not supported"},
+        {"{{ m(a=1, 2) }}", "a positional argument after a named one"},
+        {"{{ m(0,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5,6) }}", "more than 16 arguments"},
+        {"{% filter a|d|d|d|d|d|d|d|d|d|d|d|d|d|d|d|d %}{% endfilter %}", "the filter a is not supported"},
+        {"{% filter d|d|d|d|d|d|d|d|d|d|d|d|d|d|d|d|d %}{% endfilter %}", "more than 16 filters"}};
     (void)state;
     llm_tokenizer *good = small_tokenizer(CHATML), *bad = small_tokenizer("a\n{{ messages|groupby('role') }}"),
                   *none = small_tokenizer(NULL);
@@ -119,6 +148,13 @@ static void test_problem(void **state) {
     llm_tokenizer_free(good);
     llm_tokenizer_free(bad);
     llm_tokenizer_free(none);
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+        llm_tokenizer *tokenizer = small_tokenizer(refused[i][0]);
+        const char *problem = llm_chat_problem(tokenizer);
+        if (!problem || strcmp(problem + strlen("the chat template, line 1: "), refused[i][1]))
+            fail_msg("%s: %s", refused[i][0], problem ? problem : "no problem");
+        llm_tokenizer_free(tokenizer);
+    }
 }
 
 typedef struct date_job {
@@ -489,7 +525,7 @@ static void test_limits(void **state) {
     refuses("{{ range(9223372036854775807, -9, -1) }}", messages, 1, LLM_ERROR_UNSUPPORTED, "is not supported");
     refuses("{{ range(1, 2, 0) }}", messages, 1, LLM_ERROR_ARGUMENT, "range with a step of 0");
     refuses("{{ dict(a=1,b=1,c=1,d=1,e=1,f=1,g=1,h=1,i=1,j=1,k=1,l=1,m=1,n=1,o=1,p=1,q=1) }}", messages, 1,
-            LLM_ERROR_ARGUMENT, "more than 16 arguments");
+            LLM_ERROR_UNSUPPORTED, "more than 16 arguments");
 }
 
 typedef struct steps_job {

@@ -6,7 +6,7 @@
 . tests/tap.sh
 here=$(dirname "$0")/fuzz
 seconds=${FUZZ_SECONDS:-30}
-targets="gguf packed safetensors json tokenizer.json tokenizer.model pth chat grammar round-trip"
+targets="gguf packed safetensors json tokenizer.json tokenizer.model pth chat messages tool-calls grammar round-trip"
 export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
 
 most_bytes() {
@@ -58,7 +58,7 @@ for target in $targets; do ln -sf fuzz "$here/$target"; done
 check "the seeds are made" python3 tests/fuzz/seeds.py "$here/corpus"
 check "the seeds are packed" packs "$here/corpus"
 export FUZZ_ALL_GOOD=1
-for target in gguf packed safetensors tokenizer.json tokenizer.model pth grammar; do
+for target in gguf packed safetensors tokenizer.json tokenizer.model pth messages tool-calls grammar; do
     check "the seeds are good: $target" tries "$target" "$here/corpus/$target"/seed-*
 done
 unset FUZZ_ALL_GOOD

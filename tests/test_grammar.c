@@ -69,6 +69,8 @@ static void test_gbnf(void **state) {
         {"root ::= root \"+\" num | num\nnum ::= [0-9]{1,3}", "1|12+3|1+2+333", "+1|1+|1234"},
         {"root ::= \"(\" root? \")\"", "()|(())|((()))", "(|(()|)("},
         {"root ::= . [^x] \"\\x41\\n\"?", "ab|abA\n|xé", "ax|a|abA"},
+        {"root ::= [a\\-c]{ 2 , 3 } (\"\\-x\"{ # twice\n2})?", "ac|a-c|-a-x-x", "b|a|ab|acac|ac-x"},
+        {"root ::= \"a\"{2}+ \"b\" * ?", "aa|aaaa|aabb", "a|aaab|b"},
     };
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {

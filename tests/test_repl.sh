@@ -62,6 +62,31 @@ for set in "add_generation_prompt=false:27" "add_generation_prompt=:27" "add_gen
     check "--set ${set%:*} gives a prompt of ${set##*:} tokens" both err_has "prompt ${set##*:} tokens" code_is 0
 done
 
+# A model whose template uses tools. The regular expression makes it call one.
+sed 's/{{ message.content or/{{ "The result: " if message.role == "tool" }}&/' tests/tools.jinja >"$tmp/template"
+python3 tests/with_template.py "$model" "$tmp/template" "$tmp/model.gguf"
+calls='<tool_call>\{"name": "add", "arguments": \{"a": 1, "b": [2-9]\}\}</tool_call>'
+tools() { bare -m "$tmp/model.gguf" --dtype int4 "$@"; }
+tools -p hello -n 4 --set x=1
+check "without --tools the prompt has none" both err_has "prompt 10 tokens" code_is 0
+tools -p hello -n 4 --tools "$tmp/tools.json"
+check "--tools puts them into the prompt" both err_has "prompt 66 tokens" code_is 0
+check "an answer without a call shows none" [ "$(grep -c "^Call of" "$err")" -eq 0 ]
+tools -p hello --tools "$tmp/tools.json" --regex "It is: ($calls){2}"
+check "a call is part of the answer" both code_is 0 out_is "It is: ($calls){2}"
+check "calls are read and shown" [ "$(grep -cE '^Call of add with \{"a": 1, "b": [2-9]\}$' "$err")" -eq 2 ]
+tools -p hello --tools "$tmp/tools.json" --regex "$calls" -n 12
+check "a call that is cut off is reported" both err_has "cannot be read: line 1" code_is 0
+tools -p hello --regex "$calls"
+check "without --tools no call is shown" [ "$(grep -c "^Call of" "$err")" -eq 0 ]
+input='1 + 2?\n/tool 3\n/stats\n' tools --tools "$tmp/tools.json" --regex "$calls"
+check "/tool gives the model a result" both err_has "prompt 117 tokens" code_is 0
+check "the answer to a result can call again" [ "$(grep -c "^Call of" "$err")" -eq 2 ]
+input='1 + 2?\n3\n/stats\n' tools --tools "$tmp/tools.json" --regex "$calls"
+check "other lines are the user's" both err_has "prompt 113 tokens" code_is 0
+input=
+rm "$tmp/model.gguf"
+
 bare -m "$tmp/absent.gguf" -p hello
 check "a missing file is an error" code_is 1
 check "a missing file gives one line on standard error" both err_lines_are 1 err_has absent.gguf
@@ -183,6 +208,7 @@ check "commands give no text" both code_is 0 no_text
 check "/stats before the first answer" err_has "Nothing has been answered"
 check "an unknown command is reported" err_has "Unknown command /nonsense"
 check "/help lists /reset" err_has "/reset"
+check "/help lists /tool" err_has "/tool RESULT"
 
 hello='Hello, I am Ada.\n'
 question='What is my name?\n'

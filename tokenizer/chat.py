@@ -456,6 +456,18 @@ list.0|list. 1|{10: 'Bob'}.10|d.y.1.z|[[1, [2, 3]]].0.1.1|'abc'.1|list.7|d.0|x.0
 'foo bar baz qux' | truncate(9)|'foo bar baz qux' | truncate(9, true)|'foo bar baz qux' | truncate(10)|'foo bar baz qux' | truncate(11, false, '...', 0)|'foo bar baz qux' | truncate(length=6, end='', leeway=0)|'foo bar' | truncate(3, leeway=0)|' bar baz qux' | truncate(4, leeway=0)|u | truncate(7, true, '…', 0)|u | truncate(7, false, '…', 0)|'foobarbaz' | truncate(5, leeway=none)
 s | truncate|'x' * 260|'x' * 261|('x ' * 140) | truncate|('x' * 260) | truncate == 'x' * 260|('x' * 261) | truncate | length|x | truncate(9)|x | truncate is undefined|list | truncate|[1] * 9|([1] * 9) | truncate(3)|([1] * 9) | truncate(3, true)|d | truncate|d | truncate(3, leeway=0)|5 | truncate|none | truncate|true | truncate(true, false, '')
 'abcdefghi' | truncate(2)|'abcdefghi' | truncate(-1, end='')|'abcdefghi' | truncate(4, leeway=-1)|'abcdefghi' | truncate(none)|'abcdefghi' | truncate(4, end=5)|'abcdefghi' | truncate('4')|'a<b c<d e' | safe | truncate(6, end='<', leeway=0)|'a<b c<d e' | truncate(6, end='<' | safe, leeway=0)|('a b c d e f' | safe | truncate(6, leeway=0)) is escaped|'abcdefghi' | truncate(3, leeway=0)|'abc' | truncate(1, 2, 3, 4, 5)
+'0x1f' | int(base=16)|'1F' | int(0, 16)|'0b101' | int(base=2)|'0o17' | int(base=0)|'010' | int(base=0)|'00' | int(base=0)|'0x_1f' | int(base=0)|'zz' | int(base=36)|'12' | int(base=1)|'9' | int(5, base=8)|'1_000' | int|'1__0' | int|'_1' | int|'007' | int|'-0x1f' | int(7, 16)|'+5' | int|'' | int|'-' | int|'0x' | int(3, 16)|'٣٤' | int|5 | int(base=16)|z | int(1, 16)|[] | int
+'.5' | float|'5.' | float|'.' | float(1)|'007.50' | float|'1_0.2_5' | float|'1_.5' | float(1)|'1e+03' | float|'-1E-2' | float|'1e' | float(1)|'inf' | float|'-Infinity' | float|'nan' | float|'infinite' | float(1)|'inf' | int(2)|'nan' | int(2)|'1e3' | int|'.5' | int|'٣.٥' | float|'1e999' | float|'²' | int(9)
+1.115 | round(2)|2.675 | round(2)|0.5 | round|1.5 | round|-2.5 | round|42 | round|42 | round(2)|true | round|1234 | round(-2)|1250 | round(-2)|1350.0 | round(-2)|7 | round(-1, 'floor')|42 | round(1, 'ceil')|2.15 | round(1, 'floor')|1 | round(method='x')|2.5 | round(20)|'a' | round
+'a b  c ' .split(none, 1)|' a b c '.split(maxsplit=0)|' a b c '.rsplit(none, 1)|' a b  c '.rsplit(maxsplit=1)|' a b'.rsplit(none, 0)|'  '.split(none, 1)|'a b'.split(none, 9)|' a b c '.rsplit(none, 2)|'a\\x1cb\\x85c\\u3000d'.split()|'a b'.split(none, -1)|('a b c' | safe).split(none, 1)[1] is escaped
+u.index('Ü')|t.index('z')|t.rindex(',')|t.index(',', 2)|t.find(',', 2)|t.find(',', -3)|t.find(',', 2, 3)|t.rfind(',', 0, 3)|t.count(',', 2)|t.count(',', none, 4)|t.find('')|t.rfind('')|u.count('')|t.find('', 9)|t.find('', 6)|t.find('', 4, 2)|''.count('')|t.startswith('b', 2)|t.startswith('b', 2, 3)|t.endswith('b', 0, 3)|t.startswith('', 9)|t.endswith(('x', 'b'), -5, -3)|u.find('😀', 5)|t.find('a', 'b')|t.count('c', true)
+'٣'.isdigit()|'²'.isdigit()|'③'.isdigit()|'½'.isdigit()|'Ⅷ'.isdigit()|'𝟘'.isdigit()|'1٣'.isdigit()|'é'.isdigit()|''.isdigit()|'\\u2003\\u3000'.isspace()|'\\x1c'.isspace()|'\\u200b'.isspace()|' é'.isspace()|''.isspace()
+d.items() | length|d.keys() | length|d.values() | count|d.items()|d.keys() ~ ''|d.values() | string|d.keys() is sequence|d.items() is iterable|list | select('odd') is sequence|('y' if list | select('gt', 9) else 'n')|('y' if {}.items() else 'n')|list | reverse | length|(list | reverse)[0] is defined|d | reverse | list|d.keys() | reverse | list|list | unique | length|namespace(a=1)|namespace(a=1) ~ 'x'|d.keys()[0] is defined
+[[1], [2]] | sum(start=[])|[[1], 2] | sum(start=[])|['a'] | sum(start='')|[1, 2.5, true] | sum|list | sum(none, 5)|people | sum('age', 0.5)|[(1,), (2,)] | sum(start=())|(1, 'a') * 2|'ab' * true|false * [1]|[1] * -1
+people | sort(attribute='age,name') | map(attribute='name') | list|people | sort(attribute='age,name', reverse=true) | map(attribute='name') | list|people | sort(attribute='nothing') | map(attribute='name') | list|people | sort(attribute='age, name') | map(attribute='name') | list|[[2, 'b'], [1, 'B'], [1, 'a']] | sort(attribute='0,1')|['b', 'A'] | sort(attribute=none)|list | min(attribute=none)|list | join('-', none)|d | dictsort(by='x')|x | dictsort
+'a\\nb' | indent(100)|'a\\nb' | indent(-1)|'a\\nb' | indent(true)|'a\\nb' | indent(1.5)|n | indent|z | indent|x | indent|d | tojson(indent=0)|d | tojson(indent=-1)|d | tojson(indent='--')|d | tojson(indent=true)|list | tojson(indent=70)|list | tojson(indent=1.5)|list | tojson(indent=none)
+3.0 is odd|2.5 is odd|2.5 is even|true is odd|-3 is odd|'a' is odd|7.5 is divisibleby 2.5|7 is divisibleby(0)|true is divisibleby 1|list[true:]|t[:false]|list[2.0:]|z[:2]|list[::0]|list | select('string', 1) | list|list | map('upper', 1) | list|[] | map('upper', 1) | list|[1, 'a'] < [1, 'b']|[x] < [x]|[1, x] < [1, 2]
+'{}'.format()|'}'.format()|'{0}{}'.format(1, 2)|kwargs is defined|varargs
 '' | wordcount|'foo bar, b_z-q 1.5' | wordcount|u | wordcount|'e\u0301a x\u00b2 \u2167 \u200b' | wordcount|x | wordcount|5.25 | wordcount|list | wordcount|d | wordcount|none | wordcount|'a' | wordcount(1)|list | map('string') | map('wordcount') | sum
 """
 STATEMENTS = [
@@ -510,6 +522,13 @@ STATEMENTS = [
     "{% macro m() %}{{ caller() }}{% endmacro %}{% for i in list %}{% call m() %}{% break %}{% endcall %}{% endfor %}",
     "{% macro m() %}{{ caller() }}{% endmacro %}{% call m() %}x{% endmacro %}",
     "{% macro m(a, b=1, c) %}{{ c }}{% endmacro %}{{ m(1, 2, 3) }}",
+    "{% macro m(kwargs, varargs=2) %}{{ kwargs }}{{ varargs }}{% endmacro %}{{ m(kwargs=1) }}{% set joiner = 1 %}{{ joiner }}",
+    "{% macro cycler(x) %}[{{ x }}]{% endmacro %}{{ cycler(1) }}{% for self in list %}{{ self }}{% endfor %}",
+    "{% for i in list %}{% macro m(a) %}{{ i }}{{ a }}{{ loop.index }};{% endmacro %}{{ m(i) }}{% endfor %}{{ m is defined }}",
+    "{% macro o(a) %}{% macro m() %}[{{ a }}]{% endmacro %}{{ m() }}{{ m() }}{% endmacro %}{{ o(1) }}{{ o(2) }}{{ m is defined }}",
+    "{% with a = 1 %}{% macro m() %}{{ a }}{% endmacro %}{{ m() }}{% endwith %}{% set i = 5 %}{% macro m() %}{{ i }}{% endmacro %}{% set i = 6 %}{{ m() }}",
+    "{% for i in [3, 2] %}{% macro m(n) %}{{ n }}{% if n %}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(i) }}{% set i = 9 %}{{ m(0) }}{% endfor %}",
+    "{% macro m() %}{% set kwargs = 1 %}{{ kwargs }}{% endmacro %}{{ m() }}{{ kwargs }}{{ varargs is defined }}",
     "{% set ns = namespace() %}{% for i in list %}{% set ns.l = loop %}{% if i == 1 %}{% break %}{% endif %}{% endfor %}{{ ns.l.index }}{{ ns.l.first }}{{ ns.l.previtem }}{{ ns.l.nextitem }}",
     "{% set ns = namespace() %}{% for i in list %}{% set ns.l = loop %}{% endfor %}{{ ns.l.index }}{{ ns.l.last }}{{ ns.l.revindex0 }}{{ ns.l.nextitem }}",
 ]
@@ -549,7 +568,7 @@ def render(template, **variables):
     """Renders a conversation. Returns None if that fails."""
     try:
         return environment().from_string(template).render(tools=None, documents=None, bos_token="<s>", eos_token="</s>", **variables)
-    except (ArithmeticError, AssertionError, AttributeError, SyntaxError, TemplateError, TypeError, ValueError):
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, SyntaxError, TemplateError, TypeError, ValueError):
         return None
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints the Unicode tables of llm.h, section 7. Replace the tables there by the output.
+"""Prints the Unicode tables of llm.h, sections 7 and 8. Replace the tables there by the output.
 
 The classes are those of Unicode 16.0, and normalisation is that of Unicode 9.0, because the regular expressions and the
 normaliser of Hugging Face `tokenizers` use these versions:
@@ -98,6 +98,17 @@ def combining_words():
     return words
 
 
+def print_digits():
+    """The zeros of the decimal digits, which the digits 1 to 9 follow, and the ranges of other characters with a digit's value."""
+    decimal = [code for code in range(0x110000) if unicode.decimal(chr(code), None) is not None]
+    zeros = [code for code in decimal if unicode.decimal(chr(code)) == 0]
+    assert decimal == [zero + i for zero in zeros for i in range(10)]
+    others = [code for code in range(0x110000) if unicode.digit(chr(code), None) is not None and unicode.category(chr(code)) != "Nd"]
+    firsts, lasts = ([code for code in others if code + step not in others] for step in (-1, 1))
+    print("zeros:", ", ".join(f"0x{code:X}" for code in zeros))
+    print("others:", ", ".join(f"{{0x{first:X}, 0x{last:X}}}" for first, last in zip(firsts, lasts)), "\n")
+
+
 def table(name, words):
     lines = [""]
     for word in words:
@@ -113,3 +124,4 @@ def table(name, words):
 table("llm__unicode_class_runs", class_words())
 table("llm__nfc_decompositions", decomposition_words())
 table("llm__nfc_combining_runs", combining_words())
+print_digits()

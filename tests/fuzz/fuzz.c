@@ -10,6 +10,9 @@
      tokenizer.model  tokenizer_config.json or nothing, NUL, tokenizer.model
      pth              a byte of PTH_ flags, params.json, NUL, consolidated.00.pth or its data.pkl alone
      chat             a chat template, NUL, a message, NUL, a message ...
+     messages         a byte for the template, a byte for the room, messages_json, NUL, tools_json, NUL, variables_json;
+                      an empty one is left out
+     tool-calls       an answer
      grammar          a byte for the kind, a byte for the draws, a regular expression, GBNF, JSON Schema or tools
      round-trip       a byte for flags, a byte for one of the tokenizers of tests/golden, a text */
 #define LLM_IMPLEMENTATION
@@ -542,6 +545,195 @@ static void fuzz_chat(const uint8_t *data, size_t size) {
     free(chat_template);
 }
 
+/* ---- Messages as JSON ---- */
+
+static const char *const message_templates[] = {
+    "{% for message in messages %}<|im_start|>{{ message.role }}:{{ message.content }}<|im_end|>{% endfor %}",
+    "{{ bos_token }}{{ messages | tojson }}{{ tools | tojson(indent=2) }}{{ messages }}{{ documents }}",
+    ("{% for m in messages %}{{ m.role }}{% for call in m.tool_calls or [] %}{{ call.function.name }}"
+     "{{ call.function.arguments | tojson }}{% endfor %}{{ m.content or '' }}{{ eos_token }}{% endfor %}")};
+
+/* Encodes a copy of the messages that jansson has written. */
+static int64_t encode_list(const json_t *list, llm_chat_desc chat, llm_token *ids, size_t room) {
+    llm_error err;
+    char *text = json_dumps(list, 0);
+    CHECK(text);
+    chat.messages_json = text;
+    int64_t n = llm_chat_encode(chat_tokenizer, &chat, ids, room, &err);
+    free(text);
+    return n;
+}
+
+typedef struct turns_job {
+    const llm_chat_desc *chat;
+    llm_stream *stream;
+    llm_token *ids;
+    int n;
+} turns_job;
+
+static void fit_turns(llm__env *env, void *arg) {
+    turns_job *job = (turns_job *)arg;
+    job->ids = llm__gen_fit_turns(env, job->stream, job->chat, &job->n);
+}
+
+/* Leaving out the oldest turns must give what the messages without them give. */
+static void check_turns(const llm_chat_desc *chat, int n_ctx) {
+    enum { ROOM = 1 << 16 };
+    static llm_token whole[ROOM], again[ROOM];
+    static llm_model model;
+    static llm_context ctx;
+    llm_stream stream;
+    llm__pool pool;
+    llm_error err;
+    turns_job job = {chat, &stream, NULL, 0};
+    model.tokenizer = chat_tokenizer;
+    ctx.model = &model;
+    ctx.desc.n_ctx = n_ctx;
+    memset(&stream, 0, sizeof stream);
+    stream.ctx = &ctx;
+    stream.desc.keep_free = 1;
+    llm_status status = guarded(&pool, &counting, fit_turns, &job, &err);
+    if (status) check_error(status, &err);
+    json_t *list = json_loads(chat->messages_json, JSON_ALLOW_NUL, NULL);
+    int64_t n = llm_chat_encode(chat_tokenizer, chat, whole, ROOM, &err);
+    CHECK(n >= 0 || status);
+    CHECK(status || job.n < n_ctx);
+    /* jansson may refuse the list, or write its numbers or keys in another way */
+    bool same = n >= 0 && n <= ROOM && list && encode_list(list, *chat, again, ROOM) == n &&
+                !memcmp(whole, again, (size_t)n * sizeof *whole);
+    if (same && n < n_ctx) CHECK(!status && !stream.stats.n_left_out);
+    if (same && !status) {
+        size_t n_kept = 0, n_left_out = (size_t)stream.stats.n_left_out;
+        const char *role;
+        while ((role = json_string_value(json_object_get(json_array_get(list, n_kept), "role"))) != NULL &&
+               !strcmp(role, "system"))
+            n_kept++;
+        for (size_t i = 0; i < n_left_out; i++) CHECK(!json_array_remove(list, n_kept));
+        role = json_string_value(json_object_get(json_array_get(list, n_kept), "role"));
+        CHECK(!n_left_out || (role && !strcmp(role, "user")));
+        CHECK(encode_list(list, *chat, again, ROOM) == job.n);
+        CHECK(!memcmp(job.ids, again, (size_t)job.n * sizeof *again));
+    }
+    json_decref(list);
+    llm__pool_free(&pool);
+}
+
+static void fuzz_messages(const uint8_t *data, size_t size) {
+    if (size < 2) return;
+    char *text = (char *)malloc(size - 1), *parts[3] = {text, NULL, NULL};
+    CHECK(text);
+    memcpy(text, data + 2, size - 2);
+    text[size - 2] = 0;
+    for (int i = 1; i < 3 && parts[i - 1] + strlen(parts[i - 1]) < text + size - 2; i++)
+        parts[i] = parts[i - 1] + strlen(parts[i - 1]) + 1;
+    for (int i = 1; i < 3; i++)
+        if (parts[i] && !*parts[i]) parts[i] = NULL;
+    llm_chat_desc chat = {
+        .messages_json = parts[0], .tools_json = parts[1], .variables_json = parts[2], .open_answer = data[0] & 8};
+    chat_job job = {chat_tokenizer, &chat};
+    chat_tokenizer->chat_template = (char *)message_templates[data[0] % 3];
+    llm__pool pool, own;
+    llm_error err;
+    CHECK(!guarded(&pool, &counting, parse_chat, &job, &err));
+    if (render(chat_tokenizer, &chat)) CHECK(!guarded(&own, &counting, check_control, &job, &err));
+    else {
+        CHECK(!all_good);
+        llm__pool_init(&own, &counting);
+    }
+    llm__pool_free(&own);
+    check_turns(&chat, 8 + data[1]);
+    llm__pool_free(&pool);
+    free(text);
+}
+
+/* ---- Tool calls ---- */
+
+static void same_calls(const llm_tool_calls *a, const llm_tool_calls *b) {
+    CHECK(a->n_calls == b->n_calls);
+    for (int i = 0; i < a->n_calls; i++) {
+        const llm_tool_call *x = &a->calls[i], *y = &b->calls[i];
+        CHECK(!strcmp(x->name, y->name) && !strcmp(x->arguments, y->arguments));
+        CHECK(!x->id == !y->id && (!x->id || !strcmp(x->id, y->id)));
+    }
+}
+
+static void read_calls(llm_tool_calls **out, const char *answer, size_t n) {
+    llm_error err;
+    llm_status status = llm_tool_calls_read(out, answer, n, &counting, &err);
+    CHECK(!status == (*out != NULL));
+    if (!status) return;
+    CHECK(status == LLM_ERROR_FORMAT && !live);
+    check_refusal(status, &err);
+}
+
+/* Writes calls in one of the forms, and reads them again. */
+static void write_calls(const llm_tool_calls *calls, bool mistral) {
+    char *text;
+    size_t n;
+    FILE *file = open_memstream(&text, &n);
+    bool good = true;
+    CHECK(file);
+    if (mistral) fputs("a [TOOL_CALLS] [", file);
+    for (int i = 0; i < calls->n_calls && good; i++) {
+        json_t *call = json_pack("{s:s, s:s?}", "name", calls->calls[i].name, "id", calls->calls[i].id);
+        good = call != NULL; /* jansson refuses a name that is not UTF-8 */
+        if (!good) break;
+        if (!calls->calls[i].id) json_object_del(call, "id");
+        char *words = json_dumps(call, 0);
+        CHECK(words);
+        words[strlen(words) - 1] = 0;
+        fprintf(file, "%s%s,\"parameters\":%s}%s", mistral ? i ? "," : "" : "<tool_call>", words,
+                calls->calls[i].arguments, mistral ? "" : "</tool_call>\n");
+        free(words);
+        json_decref(call);
+    }
+    if (mistral) fputs("]", file);
+    CHECK(!fclose(file));
+    if (good) {
+        llm_tool_calls *again;
+        llm_error err;
+        CHECK(!llm_tool_calls_read(&again, text, n, &counting, &err));
+        same_calls(calls, again);
+        llm_tool_calls_free(again);
+    }
+    free(text);
+}
+
+static void fuzz_tool_calls(const uint8_t *data, size_t size) {
+    const char *answer = (const char *)data;
+    llm_tool_calls *calls, *again;
+    read_calls(&calls, answer, size);
+    if (calls) {
+        llm_error err;
+        CHECK(!llm_tool_calls_read(&again, answer, size, &counting, &err));
+        same_calls(calls, again);
+        llm_tool_calls_free(again);
+        CHECK(calls->n_bytes <= size && !calls->text[calls->n_bytes]);
+        CHECK(!calls->n_bytes || !memcmp(calls->text, answer, calls->n_bytes));
+        CHECK(calls->n_calls || calls->n_bytes == size);
+        for (int i = 0; i < LLM__CALLS_BEGINS; i++)
+            CHECK(memchr(calls->text, 0, calls->n_bytes) || !strstr(calls->text, llm__calls_marks[i]));
+        for (int i = 0; i < calls->n_calls; i++) { /* the arguments are a JSON object, and a part of the answer */
+            const char *object = calls->calls[i].arguments;
+            size_t n = strlen(object), at = 0;
+            json_job job = {{(const uint8_t *)object, n}, NULL};
+            llm__pool pool;
+            CHECK(*object == '{' && *calls->calls[i].name);
+            CHECK(!guarded(&pool, &counting, parse_json, &job, &err));
+            llm__pool_free(&pool);
+            fuzz_json((const uint8_t *)object, n);
+            while (at + n <= size && memcmp(answer + at, object, n)) at++;
+            CHECK(at + n <= size);
+        }
+        if (calls->n_calls) write_calls(calls, size % 2);
+        llm_tool_calls_free(calls);
+        CHECK(!live);
+    }
+    if (all_good) return;
+    read_calls(&calls, answer, size / 2);
+    llm_tool_calls_free(calls);
+}
+
 /* ---- Round trips ---- */
 
 /* The first N_EXACT tokenizers are byte-level without a prefix: decoding gives back exactly the encoded text. */
@@ -932,6 +1124,8 @@ static const struct {
     {"tokenizer.model", fuzz_tokenizer_model, mutate_model},
     {"pth", fuzz_pth, NULL},
     {"chat", fuzz_chat, mutate_chat},
+    {"messages", fuzz_messages, NULL},
+    {"tool-calls", fuzz_tool_calls, NULL},
     {"grammar", fuzz_grammar, NULL},
     {"round-trip", fuzz_round_trip, NULL},
 };
@@ -950,7 +1144,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     all_good = getenv("FUZZ_ALL_GOOD") != NULL;
     if (targets[target].run == fuzz_round_trip) load_families();
     if (targets[target].run == fuzz_grammar) load_grammar_tokenizer();
-    if (targets[target].run == fuzz_chat) build_chat_tokenizer();
+    if (targets[target].run == fuzz_chat || targets[target].run == fuzz_messages) build_chat_tokenizer();
     if (!mkdtemp(folder) || atexit(remove_folder)) exit(1);
     if (targets[target].run == fuzz_pth) write_pth_tokenizer();
     return 0;

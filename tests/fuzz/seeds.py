@@ -280,6 +280,30 @@ def write_chats():
     write("chat", "attacks", CHATML + "\0" + attacks)
 
 
+def write_messages():
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2.5, None, "\u00e9</s>"]}}}
+    messages = [{"role": "system", "content": "Be <s>brief"}, {"role": "user", "content": "1 + 2?", "name": "x<|im_end|>"},
+                {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "tool_call_id": "abcdefghi", "content": "3"},
+                {"role": "assistant", "content": "3", "reasoning_content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}]
+    for i in range(24):
+        parts = [messages[:1 + i % 6], tools if i % 2 else "", {"enable_thinking": True, "documents": [1]} if i % 4 > 1 else ""]
+        write("messages", i, bytes([i, 10 * i]) + b"\0".join(json.dumps(part).encode() if part else b"" for part in parts))
+    long = [{"role": role, "content": "ab " * 5} for role in ("system", *("user", "assistant") * 6, "user")]
+    write("messages", "long", bytes([0, 40]) + json.dumps(long).encode())
+
+
+def write_tool_calls():
+    objects = ['{"name": "f", "arguments": {}}', '{"arguments": {"a": [1, {"b": "}</tool_call>\\""}]}, "name": "\\u00e9\\n", "id": "x"}',
+               '{"type": "function", "name": "g-h.i", "parameters": {"x": null, "y": -1.5e3, "z": true}}']
+    for i, (first, second) in enumerate((a, b) for a in objects for b in objects):
+        write("tool-calls", f"hermes-{i}", f"Let me see.<tool_call>{first}</tool_call>\n<tool_call>\n{second} </tool_call>")
+        write("tool-calls", f"llama-{i}", f"<|python_tag|>{first}; {second}" if i % 2 else f" {first};{second}")
+        write("tool-calls", f"mistral-{i}", f"[TOOL_CALLS][{first}, {second}]")
+    write("tool-calls", "named", 'Yes. [TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]my-tool.g[ARGS]{}')
+    write("tool-calls", "text", '{"name": "f"} is no call')
+
+
 def write_texts():
     n_families = len(list((GOLDEN / "tokenizers").glob("*.jsonl")))
     lines = [(path, line) for path in sorted((GOLDEN / "tokenizers").glob("*.jsonl")) for line in path.read_text().splitlines()[::20]]
@@ -351,6 +375,10 @@ def write_dictionaries():
     write_dictionary("pth", words + JSON + ["PK\1\2", "PK\3\4", "PK\5\6", "PK\6\6", "PK\6\7", "ctorch\nHalfStorage\n", "(tQ", "\x85R", "\x86R", "\x87R", "r\xFF\xFF\xFF\xFF"])
     write_dictionary("grammar", literals(21, 21) + JSON + REGEX + ["root ::= ", '"$ref":"#/$defs/', '"minimum":-', '"type":"', "{0,10000}"])
     write_dictionary("chat", literals(8, 8) + JINJA)
+    members = [f'"{x}": ' for x in ("role", "content", "tool_calls", "function", "name", "arguments", "parameters", "id", "type")]
+    members += [f'{{"role": "{role}", "content": ' for role in ("system", "user", "assistant", "tool")]
+    write_dictionary("messages", literals(11, 11) + JSON + members + ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "\0"])
+    write_dictionary("tool-calls", literals(11, 11) + JSON + members)
     write_dictionary("round-trip", ["<s>", "</s>", "<|im_start|>", "<|endoftext|>", "'ll", "\r\n", "  ", "\xE2\x96\x81", "\xCC\x81", "\0",
                                     "\xEA\xB0\x80", "\xED\x95\x9C", "\xF0\x9F\x98\x80", "\xC2\xA0", "\xEF\xBF\xBD", "\xED\xA0\x80", "123"])
 
@@ -360,6 +388,8 @@ write_safetensors()
 write_pth()
 write_tokenizers()
 write_chats()
+write_messages()
+write_tool_calls()
 write_texts()
 write_json()
 write_grammars()
