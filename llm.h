@@ -1960,10 +1960,10 @@ static void llm__alloc_use_huge_pages(void *block, size_t size) {
 #endif
 }
 
-/* For a table that is read at random or filled at once. One of several MB begins where a page of 2 MB does. */
+/* For a table that is read at random or filled at once. One of 2 MB or more begins where a page of 2 MB does. */
 static void *llm__alloc_table(llm__env *env, size_t count, size_t size) {
 #if defined(MADV_HUGEPAGE)
-    if (size && count > LLM__HUGE_PAGE / size) {
+    if (size && count >= LLM__HUGE_PAGE / size) {
         void *ptr = llm__alloc_aligned(env->pool, count, size, LLM__HUGE_PAGE);
         llm__alloc_check(env, ptr, count, size);
         llm__alloc_use_huge_pages(ptr, count * size);
@@ -10811,6 +10811,7 @@ typedef struct llm__enc_short {
 } llm__enc_short;
 
 /* A cache line of known words: two short ones of up to 3 tokens each, a short one of up to 7, or a long one of up to 7.
+   A word may have more tokens if they are the same as the 7th, as in a run of white space, or up to 12 of 16 bits.
    Whatever a line holds, a look-up cannot take it for another word: byte 15 is a length, which tells short words from
    long ones, and byte 47, the length of a second short word, is otherwise the high byte of an id, which is 0. */
 typedef union llm__enc_known {
@@ -10891,22 +10892,60 @@ static inline bool llm__enc_differs(const uint64_t a[2], const uint64_t b[2]) {
     return ((a[0] ^ b[0]) | (a[1] ^ b[1])) != 0;
 }
 
-/* Copies the tokens of a word to ids, where there is room for LLM__KNOWN_IDS, and returns their number; 0 if the word
-   is not known. */
+enum {
+    LLM__KNOWN_SMALL = 64, /* added to the number of tokens if they take 16 bits each */
+    LLM__KNOWN_SMALL_IDS = 12
+};
+
+/* Where the k-th token of 16 bits lies, so that byte 47 of a line stays 0. */
+static inline int llm__enc_small_at(int k) { return k < 7 ? k : k + 1; }
+
+/* Makes all tokens of a word from those that its line holds, and returns their number. */
+static inline llm_token llm__enc_expand(llm_token *ids, llm_token count) {
+    if (count <= LLM__KNOWN_IDS) return count;
+    if (count > LLM__KNOWN_SMALL) {
+        uint16_t small[2 * LLM__KNOWN_IDS];
+        memcpy(small, ids, sizeof small);
+        count -= LLM__KNOWN_SMALL;
+        for (int k = 0; k < LLM__KNOWN_SMALL_IDS; k++) ids[k] = small[llm__enc_small_at(k)];
+        return count;
+    }
+    for (llm_token k = LLM__KNOWN_IDS; k < count; k++) ids[k] = ids[LLM__KNOWN_IDS - 1];
+    return count;
+}
+
+/* The reverse: makes what a line holds, and returns its count; 0 if a line cannot hold these tokens. */
+static llm_token llm__enc_shrink(llm_token *ids, llm_token count) {
+    uint16_t small[2 * LLM__KNOWN_IDS] = {0};
+    llm_token k = LLM__KNOWN_IDS;
+    while (k < count && ids[k] == ids[LLM__KNOWN_IDS - 1]) k++;
+    if (k >= count) return count;
+    if (count > LLM__KNOWN_SMALL_IDS) return 0;
+    for (k = 0; k < count; k++) {
+        if (ids[k] > UINT16_MAX) return 0;
+        small[llm__enc_small_at(k)] = (uint16_t)ids[k];
+    }
+    memcpy(ids, small, sizeof small);
+    return count + LLM__KNOWN_SMALL;
+}
+
+/* Copies the tokens of a word to ids, where there is room for LLM__KNOWN_LENGTH, and returns their number; 0 if the
+   word is not known. */
 static inline llm_token llm__enc_lookup(const llm__enc_seen *w, llm_token *ids) {
     const llm__enc_known *line = w->line;
     if (w->n <= LLM__KNOWN_SHORT) {
         const llm__enc_short *slot = &line->words[llm__enc_differs(line->words[0].key, w->key)];
         if (llm__enc_differs(slot->key, w->key)) return 0;
         memcpy(ids, slot->ids, sizeof slot->ids);
-        if (slot->count > 3) memcpy(ids + 3, &line->words[1], 4 * sizeof *ids);
-        return slot->count;
+        if (slot->count <= 3) return slot->count;
+        memcpy(ids + 3, &line->words[1], 4 * sizeof *ids);
+        return llm__enc_expand(ids, slot->count);
     }
     uint64_t tail[2];
     llm__enc_read(w->p + LLM__KNOWN_SHORT, w->n - LLM__KNOWN_SHORT, tail);
     if (llm__enc_differs(line->lengthy.key, w->key) || llm__enc_differs(line->lengthy.key + 2, tail)) return 0;
     memcpy(ids, line->lengthy.ids, sizeof line->lengthy.ids);
-    return line->lengthy.count;
+    return llm__enc_expand(ids, line->lengthy.count);
 }
 
 /* Puts a word with its tokens into its line. Of two short words the newest comes first. */
@@ -10973,7 +11012,10 @@ static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w, bool i
         if (is_part) llm__enc_part(&alone, w->p, w->n, &unknown);
         else llm__enc_word(&alone, w->p, w->p + w->n);
         count = (llm_token)alone.count;
-        if (count && count <= LLM__KNOWN_IDS) llm__enc_keep(w, ids, count);
+        for (llm_token k = 0; k < count; k++) llm__enc_emit(job, ids[k]);
+        count = llm__enc_shrink(ids, count);
+        if (count) llm__enc_keep(w, ids, count);
+        return;
     }
     for (llm_token k = 0; k < count; k++) llm__enc_emit(job, ids[k]);
 }
@@ -10987,26 +11029,53 @@ typedef struct llm__enc_batch {
     llm__enc_seen words[LLM__ENC_BATCH_ROOM]; /* LLM__ENC_BATCH, and the words of one more block */
 } llm__enc_batch;
 
-/* Stores the tokens of the words from the i-th on, as long as they are known and fit. Returns the number of words.
-   The next word overwrites the tokens of each that do not count. */
-static int llm__enc_store_known(llm__enc_job *job, const llm__enc_batch *batch, int i) {
+/* A new word of a batch, and where its tokens belong. */
+typedef struct llm__enc_gap {
+    const llm__enc_seen *word;
+    llm_token *ids;
+} llm__enc_gap;
+
+/* Closes the gaps: encodes the new words, and moves what was stored between them, up to `end`. A gap has a place for
+   each byte of its word, and a byte makes at most one token. */
+static void llm__enc_close_gaps(llm__enc_job *job, const llm__enc_gap *gaps, int n, const llm_token *end) {
+    for (int i = 0; i < n; i++) {
+        const llm_token *from = gaps[i].ids + gaps[i].word->n, *to = i + 1 < n ? gaps[i + 1].ids : end;
+        llm__enc_seen_word(job, gaps[i].word, false);
+        memmove(job->ids + job->count, from, (size_t)(to - from) * sizeof *from);
+        job->count += (size_t)(to - from);
+    }
+}
+
+/* Stores the tokens of the words from the i-th on, as long as they are looked up and fit. Returns the number of words.
+   New words leave gaps, and are encoded when all are found. So the vocabulary's entries for them are there by then. */
+static int llm__enc_store(llm__enc_job *job, const llm__enc_batch *batch, int i) {
+    enum { MOST_GAPS = 16 };
+    llm__enc_gap gaps[MOST_GAPS];
     const int from = i;
+    int n = 0;
     if (!job->ids || job->after_bos || job->count > job->capacity) return 0;
     llm_token *ids = job->ids + job->count;
     const llm_token *last = job->ids + job->capacity;
-    for (; i < batch->n && last - ids >= LLM__KNOWN_IDS; i++) {
-        const llm_token count = batch->words[i].line ? llm__enc_lookup(&batch->words[i], ids) : 0;
-        if (!count) break;
+    for (; i < batch->n && last - ids >= LLM__KNOWN_LENGTH; i++) {
+        const llm__enc_seen *w = &batch->words[i];
+        llm_token count = w->line ? llm__enc_lookup(w, ids) : 0;
+        if (!count) {
+            if (!w->line || n == MOST_GAPS) break;
+            __builtin_prefetch(&job->t->pieces[llm__hash_bytes(w->p, w->n) & job->t->piece_mask]);
+            gaps[n].word = w;
+            gaps[n++].ids = ids;
+            count = (llm_token)w->n;
+        }
         ids += count;
     }
-    if (i == from) return 0;
-    job->last = ids[-1];
-    job->count = (size_t)(ids - job->ids);
+    job->count = (size_t)((n ? gaps[0].ids : ids) - job->ids);
+    llm__enc_close_gaps(job, gaps, n, ids);
+    if (job->count) job->last = job->ids[job->count - 1];
     return i - from;
 }
 
 static void llm__enc_flush(llm__enc_job *job, llm__enc_batch *batch) {
-    for (int i = 0; (i += llm__enc_store_known(job, batch, i)) < batch->n; i++) {
+    for (int i = 0; (i += llm__enc_store(job, batch, i)) < batch->n; i++) {
         const llm__enc_seen *w = &batch->words[i];
         if (w->line) llm__enc_seen_word(job, w, false);
         else llm__enc_word(job, w->p, w->p + w->n);

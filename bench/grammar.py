@@ -14,7 +14,6 @@ by all three, so that the table has two lines for us. If a sample takes one of t
 """
 
 import argparse
-import base64
 import collections
 import ctypes
 import importlib.metadata
@@ -25,7 +24,6 @@ import random
 import re
 import statistics
 import sys
-import tempfile
 import time
 
 if hasattr(os, "sched_setaffinity"): # must come before the libraries count the cores
@@ -36,8 +34,8 @@ import llguidance.numpy  # noqa: E402
 import numpy  # noqa: E402
 import xgrammar  # noqa: E402
 
-TOP = pathlib.Path(__file__).parent.parent
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+import vocabularies  # noqa: E402
+
 TEXT = "A longer text with commas, digits 0123456789, \u00e9\u00e8 and \u65e5\u672c\u8a9e: nothing in it needs an escape."
 
 STRING, WHOLE, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
@@ -70,45 +68,6 @@ CASES = { # schema, answer
     "map": ({"type": "object", "additionalProperties": {"type": "array", "items": {"type": "number"}}},
             {f"key {i}": [i / 4, i, -i] for i in range(6)}),
 }
-
-
-def qwen_ranks():
-    """Returns the bytes of each token, in the order of their ids."""
-    lines = importlib.metadata.distribution("dashscope").locate_file("dashscope/resources/qwen.tiktoken").read_text().splitlines()
-    return [base64.b64decode(line.split()[0]) for line in lines if line]
-
-
-def byte_alphabet():
-    """Returns the character that represents each byte in byte-level pieces."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
-
-
-def split_of(token, ranks):
-    """Returns the two pieces whose merge makes a token: those that remain after all merges of lower rank."""
-    parts = [token[i:i + 1] for i in range(len(token))]
-    own = ranks[token]
-    while len(parts) > 2:
-        found = [(ranks.get(a + b, own), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
-        rank, i = min(found)
-        if rank >= own:
-            return None
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def tokenizer_json(tokens):
-    """Makes a tokenizer.json like that of Qwen 2.5. The pre-tokenizer is that of the file in tests/golden."""
-    made = json.loads((TOP / "tests/golden/tokenizers/qwen2/tokenizer.json").read_text())
-    ranks, alphabet = {token: i for i, token in enumerate(tokens)}, byte_alphabet()
-    written = ["".join(alphabet[b] for b in token) for token in tokens]
-    merges = [split_of(token, ranks) for token in tokens if len(token) > 1]
-    made["model"]["vocab"] = {piece: i for i, piece in enumerate(written)}
-    made["model"]["merges"] = [" ".join("".join(alphabet[b] for b in part) for part in pair) for pair in merges if pair]
-    made["added_tokens"] = [{"id": len(tokens) + i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                             "normalized": False, "special": True} for i, text in enumerate(SPECIALS)]
-    return json.dumps(made)
 
 
 class Refused(Exception):
@@ -335,12 +294,10 @@ def main():
     parser.add_argument("--refused", action="store_true")
     parser.add_argument("--slow", action="store_true")
     args = parser.parse_args()
-    tokens = qwen_ranks()
-    text = tokenizer_json(tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        (pathlib.Path(folder) / "tokenizer.json").write_text(text)
-        ours = Ours(load_library(args.library), folder)
-    pieces = tokens + [special.encode() for special in SPECIALS]
+    folder = vocabularies.folder_of("Qwen 2")
+    ours = Ours(load_library(args.library), folder)
+    pieces = vocabularies.qwen_ranks() + [special.encode() for special in vocabularies.QWEN_SPECIALS]
+    text = (folder / "tokenizer.json").read_text()
     contestants = [ours, XGrammar(pieces), LLGuidance(text)]
     print(f"{len(pieces)} tokens")
     own_cases(contestants)
