@@ -1,20 +1,20 @@
 # `make help` lists the targets.
 
-MODEL    = $(SMOLLM2)
-SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL   = $(SMOLLM2)
+SMOLLM2 = models/SmolLM2-135M-Instruct.Q4_1.gguf
+# Only this model is downloaded: DEFAULT is empty if MODEL is another one.
+DEFAULT = $(filter $(SMOLLM2),$(MODEL))
 
 CFLAGS   = -O2
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -pedantic
 PROGRAMS = build/repl build/hello build/loop build/extract build/tokenize build/embed build/quantize build/hellaswag build/bench
 
-comma := ,
-
 # Every .c file is a program. build/NAME is made with your compiler and flags, build/VARIANT/NAME with these:
 COMPILE_build              = $(CC) $(CFLAGS)
-COMPILE_asan               = clang -O1 -gline-tables-only -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
-                             -fsanitize-ignorelist=tests/asan_ignore.txt
-COMPILE_fuzz               = $(subst =address,=fuzzer$(comma)address,$(COMPILE_asan))
+SANITIZED                  = -O1 -gline-tables-only -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize-ignorelist=tests/asan_ignore.txt
+COMPILE_asan               = clang -fsanitize=address,undefined $(SANITIZED)
+COMPILE_fuzz               = clang -fsanitize=fuzzer,address,undefined $(SANITIZED)
 COMPILE_mpi                = mpicc $(CFLAGS) -DLLM_MPI
 COMPILE_tsan               = gcc -O1 -g -fsanitize=thread
 COMPILE_gcc-O1             = gcc -O1 -Werror -DLLM_TEST_COMPILER
@@ -42,7 +42,8 @@ LIBS_test_tokenizer       = -ljansson
 LIBS_test_tokenizer_files = -ljansson
 LIBS_test_hellaswag_text  = -lbz2 -ljansson
 LIBS_test_cuda            = -lboost_context -rdynamic
-LDLIBS = $(LIBS_$(basename $(@F))) $(if $(filter test_%,$(@F)),-lcmocka) -lm -lpthread
+CMOCKA = $(if $(filter test_%,$(@F)),-lcmocka)
+LDLIBS = $(LIBS_$(basename $(@F))) $(CMOCKA) -lm -lpthread
 
 # Debian packages, each with a command or file that exists if the package is installed (see .ci/need).
 NEEDED_TO_RUN   = libedit-dev:histedit.h libstb-dev:stb/stb_ds.h
@@ -51,12 +52,18 @@ NEEDED_TO_TEST  = $(NEEDED_TO_BUILD) clang:clang clang-format:clang-format libcm
                   libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.asan-x86_64.a \
                   libboost-context-dev:/usr/include/boost/context/detail/fcontext.hpp libsimde-dev:simde/x86/avx512.h \
                   valgrind:valgrind python3:python3
-NEEDED_FOR_SERVER = libmicrohttpd-dev:microhttpd.h libjansson-dev:jansson.h
+NEEDED_FOR_SERVER = libstb-dev:stb/stb_ds.h libmicrohttpd-dev:microhttpd.h libjansson-dev:jansson.h
 NEEDED_FOR_MPI  = libopenmpi-dev:mpicc openmpi-bin:mpirun
 NEEDED_TO_CROSS = gcc-aarch64-linux-gnu:aarch64-linux-gnu-gcc g++-aarch64-linux-gnu:aarch64-linux-gnu-g++ \
                   qemu-user-static:qemu-aarch64-static wine64:/usr/lib/wine/wine64 \
                   gcc-mingw-w64-x86-64:x86_64-w64-mingw32-gcc g++-mingw-w64-x86-64:x86_64-w64-mingw32-g++ \
                   cmake:cmake xz-utils:xz
+
+# Python packages from PyPI, which the rule for build/venv/% installs.
+PIP_ready      = tokenizers tiktoken gigatoken==0.10.0 quicktok-v1==0.4.0 numpy sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
+PIP_jinja2     = jinja2
+PIP_jsonschema = jsonschema==4.26.0
+PIP_openai     = openai
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory --silent
 vpath %.c examples tokenizer tests tests/fuzz bench
@@ -72,7 +79,7 @@ all:
 
 run:
 	.ci/need $(NEEDED_TO_RUN)
-	$(MAKE) build/repl $(filter $(SMOLLM2),$(MODEL))
+	$(MAKE) build/repl $(DEFAULT)
 	build/repl -m $(MODEL) --raw -p "Hello, my name is" -n 200
 
 # An HTTP server with an API like OpenAI's.
@@ -93,29 +100,33 @@ $(SMOLLM2):
 
 # ---- Programs -------------------------------------------------------------------------------------------------------
 
-# Tests that only use public functions share one compiled llm.h.
-SHARE_LLM := $(basename $(notdir $(shell grep -L 'define LLM_IMPLEMENTATION' $$(grep -l '^.include "llm.h"' tests/test_*.c))))
-
-define program
-$1/%$2: %.c llm.h $$(wildcard tests/*.h examples/*.h)
-	mkdir -p $$(@D)
-	echo "  compile $$@"
-	$$(COMPILE_$(notdir $1)) -std=c99 $$(WARNINGS) -I. $$(CPPFLAGS) -o $$@ $$< $$(filter %.o,$$^) $$(LDFLAGS) $$(LDLIBS)
-
-$(SHARE_LLM:%=$1/%$2): $1/llm.o
-
-$1/llm.o: llm.h
-	mkdir -p $$(@D)
-	echo "  compile $$@"
-	echo '#include "llm.h"' | $$(COMPILE_$(notdir $1)) -std=c99 $$(WARNINGS) -I. -DLLM_IMPLEMENTATION $$(CPPFLAGS) -c -o $$@ -x c -
+define compile_program
+mkdir -p $(@D)
+echo "  compile $@"
+$(COMPILE_$(notdir $(@D))) -std=c99 $(WARNINGS) -I. $(CPPFLAGS) -o $@ $< $(filter %.o,$^) $(LDFLAGS) $(LDLIBS)
 endef
-$(foreach dir,build $(addprefix build/,asan tsan mpi fuzz aarch64 $(MATRIX)),$(eval $(call program,$(dir))))
-$(eval $(call program,build/windows,.exe))
 
-# These programs share it, too. The address sanitizer checks vector kernels, which it compiles slowly, in test_amx only.
-build/repl build/loop build/extract build/quantize build/tokenize build/server: build/llm.o
-$(addprefix build/asan/,repl tokenize): build/asan/llm.o
-$(addprefix build/,repl loop extract quantize tokenize server asan/repl asan/tokenize): private CPPFLAGS += -DLLM__IMPLEMENTED
+# From here on, prerequisites may depend on the target: in $$(*F).c, $$(*F) is NAME, and $$(@D) is the target's folder.
+.SECONDEXPANSION:
+build/%: $$(*F).c llm.h $(wildcard tests/*.h examples/*.h)
+	$(compile_program)
+
+build/windows/%.exe: %.c llm.h $(wildcard tests/*.h examples/*.h)
+	$(compile_program)
+
+%/llm.o: llm.h
+	mkdir -p $(@D)
+	echo "  compile $@"
+	echo '#include "llm.h"' | $(COMPILE_$(notdir $(@D))) -std=c99 $(WARNINGS) -I. -DLLM_IMPLEMENTATION $(CPPFLAGS) -c -o $@ -x c -
+
+# Programs that only use public functions share one compiled llm.h. So do the tests that do not implement it and include no file that may.
+names   = $(basename $(notdir $1))
+PUBLIC := repl loop extract quantize tokenize server $(call names,$(shell grep -L 'LLM_IMPLEMENTATION\|\.c"' tests/test_*.c))
+SHARED := $(foreach dir,build build/asan build/tsan build/mpi build/aarch64 $(MATRIX:%=build/%),$(PUBLIC:%=$(dir)/%)) $(PUBLIC:%=build/windows/%.exe)
+$(SHARED): $$(@D)/llm.o
+$(SHARED): private CPPFLAGS += -DLLM_IMPLEMENTED
+
+# The address sanitizer checks vector kernels, which it compiles slowly, in test_amx only.
 $(addprefix build/asan/test_,hf quantize packed calibrate tokenizer tokenizer_files hellaswag_text) build/test_hellaswag_text build/fuzz/fuzz: private CPPFLAGS += -DLLM_NO_SIMD
 $(addprefix build/asan/test_,meta hf quantize calibrate chat tokenizer_files hellaswag_text): private CPPFLAGS += -O0
 build/asan/test_amx: private CPPFLAGS += -O0 -fno-sanitize-ignorelist
@@ -128,7 +139,7 @@ build/embed: examples/embed.cpp examples/embed_llm.cpp llm.h
 # Programs for NVIDIA GPUs (LLM_CUDA).
 CUDA = /usr/local/cuda
 build/gpu/repl: build/llm.o
-build/gpu/repl: private CPPFLAGS += -DLLM__IMPLEMENTED
+build/gpu/repl: private CPPFLAGS += -DLLM_IMPLEMENTED
 build/gpu/hellaswag build/gpu/repl: build/gpu/%: %.c llm.h build/gpu/llm_cuda.o
 	echo "  compile $@"
 	$(CC) $(CFLAGS) -std=c99 $(WARNINGS) -DLLM_CUDA -I. $(CPPFLAGS) -o $@ $(filter %.c %.o,$^) -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 $(LDFLAGS) \
@@ -157,15 +168,15 @@ build/test_amx build/asan/test_amx build/test_avx512: tests/test_kernels.c tests
 build/test_avx512: private CPPFLAGS += -O1 -Wno-psabi
 
 # The kernels of llm_cuda.cu, run on the CPU.
-$(foreach dir,build build/asan,$(eval $(dir)/test_cuda: $(dir)/llm.o))
-$(foreach dir,build build/asan,$(dir)/test_cuda): tests/test_cuda.cpp llm_cuda.cu llm.h $(wildcard tests/*.h tests/cuda_host/*)
+COMPILE_CXX = $(CXX) $(CXXFLAGS)
+build/asan/test_cuda: private COMPILE_CXX = $(COMPILE_asan:clang=clang++)
+build/test_cuda build/asan/test_cuda: tests/test_cuda.cpp llm_cuda.cu $$(@D)/llm.o build/cuda_host/libnccl.so.2 llm.h $(wildcard tests/*.h tests/cuda_host/*)
 	mkdir -p $(@D)
 	echo "  compile $@"
-	$(if $(filter build/asan/%,$@),$(subst clang,clang++,$(COMPILE_asan)),$(CXX) $(CXXFLAGS)) -std=c++17 $(WARNINGS) -Wno-unknown-pragmas -fno-strict-aliasing \
-		-Itests/cuda_host -I. $(CPPFLAGS) -o $@ -x c++ $(filter-out tests/cuda_host/%,$(filter %.cpp %.cu,$^)) -x none $(filter %.o,$^) $(LDFLAGS) $(LDLIBS)
+	$(COMPILE_CXX) -std=c++17 $(WARNINGS) -Wno-unknown-pragmas -fno-strict-aliasing -Itests/cuda_host -I. $(CPPFLAGS) -o $@ \
+		-x c++ tests/test_cuda.cpp llm_cuda.cu -x none $(@D)/llm.o $(LDFLAGS) $(LDLIBS)
 
-# These tests load this libnccl.so.2 at run time.
-$(foreach dir,build build/asan,$(eval $(dir)/test_cuda: build/cuda_host/libnccl.so.2))
+# This test loads this libnccl.so.2 at run time.
 build/cuda_host/libnccl.so.2: tests/cuda_host/nccl.cpp tests/cuda_host/nccl_host.h
 	mkdir -p $(@D)
 	echo "  compile $@"
@@ -184,8 +195,7 @@ build/test_cuda_access: tests/test_cuda_access.cpp llm_cuda.cu build/llm.o $(wil
 # Every tests/test_NAME.c or .cpp (cmocka) or .sh (prints TAP) is a test. It runs in the normal build and in the variants that it names in
 # a line "Variants: asan tsan matrix". A script is copied into the folder of the programs that it tests.
 SOURCES := $(wildcard tests/test_*.c tests/test_*.cpp tests/test_*.sh)
-names    = $(basename $(notdir $1))
-variant  = $(call names,$(shell grep -l 'Variants:.*\b$1\b' $(SOURCES) /dev/null))
+variant       = $(call names,$(shell grep -l 'Variants:.*\b$1\b' $(SOURCES)))
 ALL_TESTS    := $(call names,$(SOURCES))
 ASAN_TESTS   := $(call variant,asan)
 TSAN_TESTS   := $(call variant,tsan)
@@ -195,7 +205,7 @@ ALL_RUNS = $(ASAN_TESTS:%=build/asan/%) $(TSAN_TESTS:%=build/tsan/%) $(ALL_TESTS
 CROSS_TESTS  := $(call variant,cross)
 CROSS_RUNS = build/aarch64/test_builds $(CROSS_TESTS:%=build/aarch64/%) \
              build/windows/test_builds $(CROSS_TESTS:%=build/windows/%.exe)
-chosen = $(if $T,$(foreach run,$1,$(if $(findstring $T,$(run)),$(run))),$1)
+chosen = $(shell printf '%s\n' $1 | grep -e '$T')
 RUNS   = $(call chosen,$(ALL_RUNS))
 
 build/%: %.sh $(PROGRAMS)
@@ -207,11 +217,11 @@ build/asan/%: %.sh build/asan/repl build/asan/tokenize
 build/test_manual: tests/test_manual.sh tests/manual.c build/llm.o
 	install $< $@
 
-# Without MPI, the test is skipped.
+# Without MPI, this test is skipped.
 build/test_mpi: tests/test_mpi.sh $(if $(shell command -v mpicc),$(MPI_PROGRAMS))
 	install $< $@
 
-# Without the server's libraries, the test is skipped.
+# Without the server's libraries, this test is skipped.
 build/test_server: tests/test_server.sh examples/server.c build/llm.o
 	if .ci/need $(NEEDED_FOR_SERVER) curl:curl; then $(MAKE) build/server; else rm -f build/server; fi
 	install $< $@
@@ -272,7 +282,7 @@ LLAMA = llama_cpp_python-0.3.36
 
 # Compares tokenizers with gigatoken, quicktok, Hugging Face's tokenizers and tiktoken, which are installed in build/venv. LLM_DATA is the
 # folder with HellaSwag's text. FILL=100 encodes 100 MB of each text, not up to 10 MB; TEXTS are more files to encode.
-bench-tokenizer: build/libllm.so build/venv/ready build/texts/ready build/peers/$(LLAMA)/ready
+bench-tokenizer: build/libllm.so build/venv/vocabularies build/texts/ready build/peers/$(LLAMA)/ready
 	$(MAKE) $(SMOLLM2)
 	build/venv/bin/python bench/tokenizer.py build/libllm.so $(SMOLLM2) $(TEXTS) $(if $(FILL),--fill $(FILL))
 
@@ -286,13 +296,16 @@ build/libllm.so: llm.h
 	echo "  compile $@"
 	$(CC) $(CFLAGS) -std=c99 $(WARNINGS) -shared -fPIC -DLLM_IMPLEMENTATION -I. $(CPPFLAGS) -o $@ -x c llm.h $(LDFLAGS) -x none -lm -lpthread
 
-build/venv/ready: Makefile
+build/venv/%: Makefile
 	python3 -m venv build/venv
-	build/venv/bin/pip install -q tokenizers tiktoken gigatoken==0.10.0 quicktok-v1==0.4.0 numpy sentencepiece gguf protobuf unicodedataplus==16.0.0.post1
+	build/venv/bin/pip install -q $(PIP_$*)
+	touch $@
+
+build/venv/vocabularies: build/venv/ready
 	build/venv/bin/pip install -q --no-deps dashscope==2.0.2 mistral-common==1.13.1
 	touch $@
 
-build/venv/grammar: build/venv/ready
+build/venv/grammar: build/venv/vocabularies
 	build/venv/bin/pip install -q xgrammar==0.2.8 llguidance==1.9.1
 	touch $@
 
@@ -344,21 +357,11 @@ build/peers/llama/bin/llama-bench: build/peers/$(LLAMA)/ready
 test-templates: build/libllm.so build/peers/$(LLAMA)/ready build/venv/jinja2
 	build/venv/bin/python tests/templates.py build/libllm.so build/peers/$(LLAMA)/vendor/llama.cpp
 
-build/venv/jinja2: Makefile
-	python3 -m venv build/venv
-	build/venv/bin/pip install -q jinja2
-	touch $@
-
 # Compares JSON Schemas with jsonschema. SUITE is a checkout of https://github.com/json-schema-org/JSON-Schema-Test-Suite.
 SUITE = $(LLM_DATA)/JSON-Schema-Test-Suite
 test-schema: build/libllm.so build/venv/jsonschema
 	test -d $(SUITE)/tests || { echo "no tests in $(SUITE); set SUITE=FOLDER to the suite's folder (see tests/schemas.py)"; exit 1; }
 	build/venv/bin/python tests/schemas.py build/libllm.so $(SUITE)
-
-build/venv/jsonschema: Makefile
-	python3 -m venv build/venv
-	build/venv/bin/pip install -q jsonschema==4.26.0
-	touch $@
 
 # Compares grammars in GBNF with llama.cpp: its own grammars, and the strings and grammars of its tests.
 test-gbnf: build/libllm.so build/peers/$(LLAMA)/ready build/venv/jsonschema
@@ -366,41 +369,37 @@ test-gbnf: build/libllm.so build/peers/$(LLAMA)/ready build/venv/jsonschema
 
 # Tests the server with OpenAI's own client, which is installed in build/venv.
 test-openai: build/venv/openai
-	$(MAKE) server $(filter $(SMOLLM2),$(MODEL))
+	$(MAKE) server $(DEFAULT)
 	build/venv/bin/python tests/openai_client.py build/server $(MODEL)
 
 # Scores the server on HellaSwag with the LM evaluation harness, which is installed in build/venv.
 test-harness: build/venv/harness build/hellaswag
 	test -n "$(LLM_DATA)" || { echo "LLM_DATA is not set: it is the folder of hellaswag_val_full.txt or its .bz2 (see tests/harness.py)"; exit 1; }
-	$(MAKE) server $(filter $(SMOLLM2),$(MODEL))
+	$(MAKE) server $(DEFAULT)
 	build/venv/bin/python tests/harness.py build/server build/hellaswag $(MODEL) $(firstword $(wildcard $(LLM_DATA)/hellaswag_val_full.txt*))
 
 build/venv/harness: build/venv/ready
 	build/venv/bin/pip install -q 'lm-eval[api]==0.4.13' transformers==5.24.0
 	touch $@
 
-build/venv/openai: Makefile
-	python3 -m venv build/venv
-	build/venv/bin/pip install -q openai
-	touch $@
-
 # ---- Walkthrough ----------------------------------------------------------------------------------------------------
 
 # examples/walkthrough: one program per step, compiled for this machine's instruction set. Without mpicc, step 7 is skipped.
 WALK          = examples/walkthrough
-WALK_PROGRAMS = $(patsubst $(WALK)/%.c,build/walkthrough/%,$(filter-out $(if $(shell command -v mpicc),,$(WALK)/07%),$(wildcard $(WALK)/[0-9]*.c)))
-WALK_CC       = $(CC) -std=gnu11 -O3 -march=native -fopenmp $(WARNINGS) -I. $(CPPFLAGS)
+WALK_STEPS    = $(wildcard $(WALK)/0[0-689]-*.c) $(if $(shell command -v mpicc),$(WALK)/07-tensor-parallel.c)
+WALK_PROGRAMS = $(WALK_STEPS:$(WALK)/%.c=build/walkthrough/%)
+WALK_CC       = $(CC)
 
-build/walkthrough/07-tensor-parallel: private WALK_CC := OMPI_CC="$(CC)" mpicc $(wordlist 2,99,$(WALK_CC))
+build/walkthrough/07-tensor-parallel: private WALK_CC = OMPI_CC="$(CC)" mpicc
 build/walkthrough/%: $(WALK)/%.c $(WALK)/walkthrough.h build/llm.o
 	mkdir -p $(@D)
 	echo "  compile $@"
-	$(WALK_CC) -o $@ $< build/llm.o $(LDFLAGS) -lm -lpthread
+	$(WALK_CC) -std=gnu11 -O3 -march=native -fopenmp $(WARNINGS) -I. $(CPPFLAGS) -o $@ $< build/llm.o $(LDFLAGS) -lm -lpthread
 
 # Runs all steps, writes their figures into the README and draws them. Step 7 needs mpicc; the pictures need Python and matplotlib.
 walkthrough:
 	.ci/need g++:g++ libopenmpi-dev:mpicc openmpi-bin:mpirun python3-venv:/usr/lib/python3*/ensurepip || true
-	$(MAKE) build/llm.o build/hellaswag build/walkthrough/venv/ready $(filter $(SMOLLM2),$(MODEL))
+	$(MAKE) build/llm.o build/hellaswag build/walkthrough/venv/ready $(DEFAULT)
 	$(MAKE) walkthrough-programs
 	$(WALK)/run.sh $(MODEL) build/walkthrough/out
 	mkdir -p $(WALK)/figures
@@ -442,29 +441,34 @@ clean:
 	rm -rf build
 
 help:
-	echo "make             build $(PROGRAMS)"
-	echo "make run         download the default model once and let it continue a text; MODEL=path uses another model"
-	echo "make test        run all tests (about 50 minutes on two cores); T=name runs the tests with this in their names"
-	echo "make server      build build/server, which answers many users through an API like OpenAI's (needs libmicrohttpd)"
-	echo "make mpi         build $(MPI_PROGRAMS), for several processes (Open MPI or MPICH)"
-	echo "make test-cuda   run the tests of llm_cuda.cu; needs no GPU"
-	echo "make gpu-bundle  fill build/gpu, for bench/gpu.sh on a machine with a GPU (needs nvcc; LLM_DATA as for bench-tokenizer)"
-	echo "make fuzz        fuzz every file format, for SECONDS=60 each"
-	echo "make bench-tokenizer   compare MB/s with gigatoken, quicktok, Hugging Face's tokenizers and tiktoken; FILL=100 with 100 MB of each text"
-	echo "make bench-grammar     compare JSON schemas with xgrammar and llguidance (the first run downloads them and PyTorch, 5 GB)"
-	echo "make bench-peers       compare the CPU with llama.cpp and OpenVINO GenAI (the first run builds or downloads them, 1 GB)"
-	echo "make bench-serve       measure the server with 1, 8 and 32 clients; LLAMA_SERVER=path also measures llama.cpp's server"
-	echo "make walkthrough       run all steps of examples/walkthrough and update its table and pictures (about 8 minutes)"
-	echo "make walkthrough-diff N=3   show what step 3 changes"
-	echo "make test-templates    compare llama.cpp's chat templates, downloaded from PyPI (80 MB), with jinja2 on random conversations"
-	echo "make test-schema       compare JSON schemas with jsonschema; SUITE=FOLDER of the JSON-Schema-Test-Suite (default: in LLM_DATA)"
-	echo "make test-gbnf         compare grammars in GBNF with llama.cpp's grammars and tests, downloaded from PyPI (80 MB)"
-	echo "make test-openai       test the server with OpenAI's own client, downloaded from PyPI"
-	echo "make test-harness      score the server on HellaSwag (100 questions) with the LM evaluation harness, downloaded from PyPI"
-	echo "make test-cross  run the tests for aarch64 under qemu, and for Windows under Wine; T=name as above"
-	echo "make test-cluster  run jobs under Slurm with a killed node, and ranks over a slow network, on this machine (needs root)"
-	echo "make size        print the size of the library in a program, and its compile time"
-	echo "make model       download the default model"
-	echo "make deps        install the packages for building and testing (Debian)"
-	echo "make format      format all C, C++ and CUDA files according to .clang-format (needs clang-format)"
-	echo "make clean       remove build/; keeps models/"
+	echo "make                  build $(PROGRAMS)"
+	echo "make run              download the default model once and let it continue a text; MODEL=path uses another model"
+	echo "make test             run all tests (about 50 minutes on two cores); T=name runs the tests with this in their names"
+	echo "make server           build build/server, which answers many users through an API like OpenAI's (needs libmicrohttpd)"
+	echo "make mpi              build $(MPI_PROGRAMS), for several processes (Open MPI or MPICH)"
+	echo "make build/gpu/repl   build the REPL for an NVIDIA GPU; build/gpu/hellaswag likewise (needs nvcc in CUDA=$(CUDA))"
+	echo "make gpu-bundle       fill build/gpu, for bench/gpu.sh on a machine with a GPU (needs nvcc; LLM_DATA as for bench-tokenizer)"
+	echo "make build/asan/repl  build a program with a sanitizer; so do build/tsan/repl and build/asan/test_NAME"
+	echo "make walkthrough      run all steps of examples/walkthrough and update its table and pictures (about 8 minutes)"
+	echo "make walkthrough-diff N=3    show what step 3 changes"
+	echo
+	echo "make test-cuda        run the tests of llm_cuda.cu; needs no GPU"
+	echo "make test-cross       run the tests for aarch64 under qemu, and for Windows under Wine; T=name as above"
+	echo "make test-cluster     run jobs under Slurm with a killed node, and ranks over a slow network, on this machine (needs root)"
+	echo "make test-templates   compare llama.cpp's chat templates, downloaded from PyPI (80 MB), with jinja2 on random conversations"
+	echo "make test-schema      compare JSON schemas with jsonschema; SUITE=FOLDER of the JSON-Schema-Test-Suite (default: in LLM_DATA)"
+	echo "make test-gbnf        compare grammars in GBNF with llama.cpp's grammars and tests, downloaded from PyPI (80 MB)"
+	echo "make test-openai      test the server with OpenAI's own client, downloaded from PyPI"
+	echo "make test-harness     score the server on HellaSwag (100 questions) with the LM evaluation harness, downloaded from PyPI"
+	echo "make fuzz             fuzz every file format, for SECONDS=60 each"
+	echo
+	echo "make bench-tokenizer  compare MB/s with gigatoken, quicktok, Hugging Face's tokenizers and tiktoken; FILL=100 with 100 MB of each text"
+	echo "make bench-grammar    compare JSON schemas with xgrammar and llguidance (the first run downloads them and PyTorch, 5 GB)"
+	echo "make bench-peers      compare the CPU with llama.cpp and OpenVINO GenAI (the first run builds or downloads them, 1 GB)"
+	echo "make bench-serve      measure the server with 1, 8 and 32 clients; LLAMA_SERVER=path also measures llama.cpp's server"
+	echo "make size             print the size of the library in a program, and its compile time"
+	echo
+	echo "make model            download the default model"
+	echo "make deps             install the packages for building and testing (Debian)"
+	echo "make format           format all C, C++ and CUDA files according to .clang-format (needs clang-format)"
+	echo "make clean            remove build/; keeps models/"

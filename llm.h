@@ -9,7 +9,7 @@
     optimisation everything is five times as slow. This comment is the manual: a program that runs, the same step by
     step, what is promised, recipes to copy, limits, options, and where to find what in this file.
 
-    QUICK START
+    QUICK START, with the lines above and #include <stdio.h>
 
         static bool print(void *user, const char *text, size_t n_bytes) {
             (void)user;
@@ -32,10 +32,10 @@
     STEP BY STEP
 
     1. Get a model: a .gguf file, or a directory with config.json, *.safetensors and tokenizer.json, as published on
-       Hugging Face. README.md lists the architectures and types. llm_model_read_info says what a file holds and
-       llm_memory_estimate how much memory it would take, without loading it. llm_quantize_gguf makes a smaller file of
-       a model, and a better one if llm_calibrate has let the model read a text. llm_model_save_packed makes a file that
-       loads in a few milliseconds.
+       Hugging Face. `make model` fetches a small one. README.md lists the architectures and types. llm_model_read_info
+       says what a file holds and llm_memory_estimate how much memory it would take, without loading it.
+       llm_quantize_gguf makes a smaller file of a model, and a better one if llm_calibrate has let the model read a
+       text. llm_model_save_packed makes a file that loads in a few milliseconds.
 
     2. Load it with llm_model_load. The weights stay as the file has them: a quantised file keeps its numbers and about
        its size, and F32, F16 and BF16 become bf16. llm_model_desc.dtype converts all of them to one type instead:
@@ -74,6 +74,9 @@
                        once are the same call with different batches. There is no padding.
         llm_sampler    settings and the state of a random generator; plain data, copied by assignment.
         llm_stream     a text that is being written beside others.
+        llm_tokenizer  turns text into tokens and back; part of a model, or loaded alone. Immutable, like the model.
+        llm_grammar    says which answers are allowed: a JSON schema, a grammar or a regular expression. For one text at
+                       a time.
         llm_draft      guesses how a text goes on. That makes decoding faster and does not change the text.
 
     WHAT EVERY FUNCTION PROMISES
@@ -98,7 +101,7 @@
 
     RECIPES
 
-    Functions to copy; a test compiles and runs each of them.
+    Functions to copy; a test compiles and runs each of them. As C++ they need C++20, for {.prompt = ...}.
 
     RECIPE: a chat with its history. Each turn reuses the cache of the turns before.
 
@@ -118,6 +121,22 @@
             llm_status status = llm_generate(ctx, &desc, NULL, err);
             messages[*n].role = "assistant";
             messages[(*n)++].content = answer;                  // the host adds the user's next message
+            return status;
+        }
+
+    RECIPE: an answer in JSON. It matches the schema, unless max_tokens cuts it off.
+
+        static llm_status answer_json(llm_context *ctx, const char *question, const char *schema, char answer[4096],
+                                      llm_error *err) {
+            llm_message message = {"user", question};
+            llm_grammar *grammar = NULL;
+            llm_status status = llm_grammar_from_json_schema(
+                &grammar, llm_model_tokenizer(llm_context_model(ctx)), schema, NULL, err);
+            llm_generate_desc desc = {.messages = &message, .n_messages = 1, .max_tokens = 200, .grammar = grammar,
+                                      .on_text = append, .user = answer};
+            answer[0] = 0;
+            if (!status) status = llm_generate(ctx, &desc, NULL, err);
+            llm_grammar_free(grammar);
             return status;
         }
 
@@ -332,6 +351,8 @@
     COMPILE-TIME OPTIONS, defined before the include
 
         LLM_IMPLEMENTATION      compile the implementation here
+        LLM_IMPLEMENTED         do not compile it here, whatever LLM_IMPLEMENTATION says. So several programs of one
+                                file each can be linked with one compiled llm.h
         LLM_STATIC              make everything private to this source file, so that the compiler leaves out what the
                                 program does not use (not with LLM_CUDA)
         LLM_API                 put before each public function; default: extern. For a Windows DLL use
@@ -1664,7 +1685,7 @@ struct llm_backend {
 
 /* ============================================================================================================== */
 
-#if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
+#if defined(LLM_IMPLEMENTATION) && !defined(LLM_IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
 #if !defined(__GNUC__) && !defined(__clang__)
 #error "llm.h is for gcc and clang (on Windows: MinGW); it uses their vector types, attributes and atomics"
@@ -3038,7 +3059,7 @@ static void llm__decode_i8(const uint8_t *src, size_t n, float *dst) {
 
 typedef struct llm__file_type_info {
     uint32_t type;
-    const char *name;
+    char name[8];
     uint32_t block_weights, block_bytes;                      /* a row consists of whole blocks */
     void (*decode)(const uint8_t *src, size_t n, float *dst); /* NULL if this library cannot read the type */
 } llm__file_type_info;
@@ -4915,7 +4936,7 @@ static llm__checkpoint llm__pth_read(llm__env *env) {
 typedef enum llm__meta_split { LLM__META_COPIED, LLM__META_ROWS, LLM__META_COLUMNS, LLM__META_EITHER } llm__meta_split;
 
 typedef struct llm__meta_name {
-    const char *meta, *hugging_face; /* the name, or what follows the layer's number */
+    char meta[24], hugging_face[32]; /* the name, or what follows the layer's number */
     llm__meta_split split;           /* among the files */
 } llm__meta_name;
 
@@ -14199,7 +14220,7 @@ LLM__SMALL_END
      member   a thread of the team that computes a pass
      route    how the rows of a pass are computed: with panels or without, and in how many parts */
 
-#if defined(LLM_IMPLEMENTATION) && !defined(LLM__IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
+#if defined(LLM_IMPLEMENTATION) && !defined(LLM_IMPLEMENTED) && !defined(LLM__KERNEL_PASS)
 
 typedef enum llm__weight_type {
     LLM__W_F32,
@@ -14977,7 +14998,7 @@ static void llm__matrix_get_row(const llm__matrix *m, size_t output, float *out)
 }
 
 /* The names of the kinds of tiles in packed files. */
-static const char *const llm__packed_kinds[LLM__W_KINDS] = {
+static const char llm__packed_kinds[LLM__W_KINDS][10] = {
     "f32",    "bf16", "int8",   "f16",  "bf16_2_4", "int8_2_4", "q4",  "q4_min", "q4_k",
     "q4_k16", "q5",   "q5_min", "q5_k", "q6_k16",   "q8",       "iq4", "iq4_k",
 };
@@ -30830,7 +30851,7 @@ LLM__SMALL_END
 #pragma GCC pop_options
 #endif
 
-#define LLM__IMPLEMENTED
+#define LLM_IMPLEMENTED
 #endif /* LLM_IMPLEMENTATION */
 
 /*
@@ -31494,6 +31515,8 @@ LLM__INLINE V LLM__FN(one_of_four)(const int J, V low, v_ints low_places, V high
     return v_fma(v_pick(one, low_places), low, v_mul(v_pick(one, high_places), high));
 }
 
+#if !defined(LLM__USE_BF16)
+
 LLM__INLINE void LLM__FN(unpack_2_4)(const llm__weight_type KIND, const uint8_t *w, uint8_t *to) {
     const size_t four_bytes = KIND == LLM__W_BF16_2_4 ? 64 : 32;
     v_ints places = v_load_ints(w);
@@ -31517,6 +31540,8 @@ LLM__TARGET static void LLM__FN(unpack)(llm__weight_type kind, const uint8_t *w,
                     v_words(LLM__FN(weight)(LLM__W_INT8, w + j * 32, 0), LLM__FN(weight)(LLM__W_INT8, w + j * 32, 1)));
     }
 }
+
+#endif
 
 #if defined(LLM__USE_BF16)
 
@@ -31831,7 +31856,8 @@ LLM__INLINE bool LLM__FN(is_signed)(const llm__weight_type KIND) {
     return llm__kernel_forms[KIND].bits == 8 || llm__kernel_forms[KIND].table;
 }
 
-/* Kinds whose groups have the same form once they are widened share a kernel. They differ only in `zero`. */
+/* Kinds whose groups have the same form once they are widened share a kernel. They differ only in `zero` and in whether
+   they have minimums. */
 LLM__INLINE int LLM__FN(zero)(llm__weight_type kind) {
     return LLM__FN(is_signed)(kind) ? LLM__SIGN : llm__kernel_forms[kind].zero;
 }
@@ -31868,7 +31894,7 @@ LLM__INLINE void LLM__FN(scales)(const llm__weight_type KIND, const bool WIDE, c
     *scale = WIDE ? v_load(wide) : v_half(halves);
     if (!WIDE && FORM.k) *scale = v_mul(*scale, v_int8(small));
     *least = v_splat(0);
-    if (!FORM.minimum) return;
+    if (!WIDE && !FORM.minimum) return;
     *least = WIDE ? v_load(wide + 32) : v_half(halves + 16);
     if (!WIDE && FORM.k) *least = v_mul(v_sub(v_splat(0), *least), v_int8(small + (FORM.sixteen ? 32 : 16)));
 }
@@ -31876,10 +31902,11 @@ LLM__INLINE void LLM__FN(scales)(const llm__weight_type KIND, const bool WIDE, c
 /* A widened group: its numbers as bytes, then scales [2][16] and minimums [2][16] as floats. */
 enum { LLM__FN(wide_bytes) = 768 };
 
-LLM__INLINE void LLM__FN(widen_group)(const llm__weight_type KIND, const uint8_t *q, const uint8_t *s, const uint8_t *d,
-                                      uint8_t *to) {
-    float *scales = (float *)(void *)(to + 512);
+LLM__INLINE void LLM__FN(widen_numbers)(const llm__weight_type KIND, const uint8_t *q, uint8_t *to) {
     LLM__UNROLL for (int j = 0; j < 8; j++) v_save_bytes(to + j * 64, LLM__FN(numbers)(KIND, false, q, j));
+}
+
+LLM__INLINE void LLM__FN(widen_scales)(const llm__weight_type KIND, const uint8_t *s, const uint8_t *d, float *scales) {
     LLM__UNROLL for (int h = 0; h < 1 + llm__kernel_forms[KIND].sixteen; h++) {
         V scale, least;
         LLM__FN(scales)(KIND, false, s, d, h, &scale, &least);
@@ -31896,7 +31923,7 @@ typedef struct LLM__FN(group_operands) {
 
 /* total[ROWS][TILES] += the products of the groups of ROWS rows with those of TILES tiles. */
 LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE, int zero,
-                                const LLM__FN(group_operands) * in, V *total) {
+                                bool minimum, const LLM__FN(group_operands) * in, V *total) {
     const llm__kernel_form FORM = llm__kernel_forms[KIND];
     const int STEP = FORM.sixteen ? 4 : 8, AT_ONCE = WIDE && LLM__GROUP_STEP < STEP ? LLM__GROUP_STEP : STEP;
     LLM__UNROLL for (int h = 0; h < 8 / STEP; h++) {
@@ -31904,7 +31931,7 @@ LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weig
         V scale[LLM__GROUP_TILES], least[LLM__GROUP_TILES];
         LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
             const llm__kernel_group *xi = in->x[i / TILES];
-            sum[i] = v_splat_int(FORM.minimum ? 0 : -zero * (FORM.sixteen ? xi->halves[h] : xi->n));
+            sum[i] = v_splat_int(-zero * (FORM.sixteen ? xi->halves[h] : xi->n));
         }
         for (int first = h * STEP; first < h * STEP + STEP; first += AT_ONCE)
             LLM__UNROLL for (int j = first; j < first + AT_ONCE; j++) {
@@ -31922,9 +31949,11 @@ LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weig
         LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
             const llm__kernel_group *xi = in->x[i / TILES];
             total[i] = v_fma(v_mul(scale[i % TILES], v_splat(xi->scale)), v_of_ints(sum[i]), total[i]);
-            if (FORM.minimum)
-                total[i] =
-                    v_fma(least[i % TILES], v_splat(FORM.sixteen ? xi->scaled_sums[h] : xi->scaled_sum), total[i]);
+        }
+        if (!minimum) continue;
+        LLM__UNROLL for (int i = 0; i < ROWS * TILES; i++) {
+            const llm__kernel_group *xi = in->x[i / TILES];
+            total[i] = v_fma(least[i % TILES], v_splat(FORM.sixteen ? xi->scaled_sums[h] : xi->scaled_sum), total[i]);
         }
     }
 }
@@ -31945,7 +31974,7 @@ LLM__INLINE void LLM__FN(group_row)(const llm__weight_type KIND, const llm__kern
             __builtin_prefetch(in.q[0] + line + 2048);
         }
         in.d = ds + (size_t)(g / 8) * LLM__K_BYTES(KIND);
-        LLM__FN(group)(1, 1, KIND, false, LLM__FN(zero)(KIND), &in, &total);
+        LLM__FN(group)(1, 1, KIND, false, LLM__FN(zero)(KIND), llm__kernel_forms[KIND].minimum, &in, &total);
         in.q[0] += LLM__NUMBER_BYTES(KIND);
         in.s[0] += LLM__SCALE_BYTES(KIND);
     }
@@ -31954,8 +31983,10 @@ LLM__INLINE void LLM__FN(group_row)(const llm__weight_type KIND, const llm__kern
 
 /* Multiplies all rows by the widened groups of LLM__GROUP_TILES tiles, which have room for LLM__GROUPS groups each. A
    tile without a neighbour is computed twice. If too few rows are left, the last row is computed several times. */
-LLM__INLINE void LLM__FN(wide_rows)(const llm__weight_type KIND, int zero, const llm__kernel_product *p) {
+LLM__INLINE void LLM__FN(wide_rows)(const llm__weight_type KIND, const llm__kernel_product *p) {
     enum { R = LLM__GROUP_ROWS, T = LLM__GROUP_TILES };
+    const bool minimum = llm__kernel_forms[p->kind].minimum;
+    const int zero = LLM__FN(zero)(p->kind);
     const size_t next = p->n_tiles < T ? 0 : (size_t)LLM__GROUPS * LLM__FN(wide_bytes), right = p->n_tiles < T ? 0 : 16;
     const int n_rows = p->n_rows, n_groups = p->k / 32;
     for (int row = 0; row < n_rows; row += R) {
@@ -31974,7 +32005,7 @@ LLM__INLINE void LLM__FN(wide_rows)(const llm__weight_type KIND, int zero, const
         }
         LLM__UNROLL for (int i = 0; i < R * T; i++) total[i] = v_load(ys[i / T] + (size_t)(i % T) * right);
         for (int g = 0; g < n_groups; g++) {
-            LLM__FN(group)(R, T, KIND, true, zero, &in, total);
+            LLM__FN(group)(R, T, KIND, true, zero, minimum, &in, total);
             LLM__UNROLL for (int r = 0; r < R; r++) in.x[r]++;
             LLM__UNROLL for (int t = 0; t < T; t++) {
                 in.q[t] += LLM__FN(wide_bytes);
@@ -31986,37 +32017,32 @@ LLM__INLINE void LLM__FN(wide_rows)(const llm__weight_type KIND, int zero, const
 }
 
 LLM__TARGET static __attribute__((noinline)) void LLM__FN(wide_product)(const llm__kernel_product *p) {
-    const int zero = LLM__FN(zero)(p->kind);
-    if (LLM__FN(is_signed)(p->kind)) LLM__FN(wide_rows)(LLM__W_Q8, zero, p);
-    else if (p->kind == LLM__W_Q6_K16) LLM__FN(wide_rows)(LLM__W_Q6_K16, zero, p);
-    else if (p->kind == LLM__W_Q4_K16) LLM__FN(wide_rows)(LLM__W_Q4_K16, zero, p);
-    else if (llm__kernel_forms[p->kind].minimum) LLM__FN(wide_rows)(LLM__W_Q4_MIN, zero, p);
-    else LLM__FN(wide_rows)(LLM__W_Q4, zero, p);
+    if (llm__kernel_forms[p->kind].sixteen) LLM__FN(wide_rows)(LLM__W_Q6_K16, p);
+    else if (!LLM__SIGN && LLM__FN(is_signed)(p->kind)) LLM__FN(wide_rows)(LLM__W_Q8, p);
+    else LLM__FN(wide_rows)(LLM__W_Q4, p);
 }
 
 LLM__TARGET static __attribute__((noinline)) void LLM__FN(widen_groups)(llm__weight_type kind, const uint8_t *tile,
                                                                         int n_groups, int first, int n, uint8_t *to) {
+    const llm__kernel_form form = llm__kernel_forms[kind];
     const uint8_t *q = tile + (size_t)first * LLM__NUMBER_BYTES(kind),
                   *s = tile + (size_t)n_groups * LLM__NUMBER_BYTES(kind) + (size_t)first * LLM__SCALE_BYTES(kind),
                   *ds = tile + (size_t)n_groups * (LLM__NUMBER_BYTES(kind) + LLM__SCALE_BYTES(kind));
     for (int g = first; g < first + n; g++, q += LLM__NUMBER_BYTES(kind), s += LLM__SCALE_BYTES(kind)) {
         const uint8_t *d = ds + (size_t)(g / 8) * LLM__K_BYTES(kind);
-        switch (kind) {
-#define LLM__WIDEN(KIND) \
-    case KIND: LLM__FN(widen_group)(KIND, q, s, d, to + (size_t)(g - first) * LLM__FN(wide_bytes)); break;
-            LLM__WIDEN(LLM__W_Q4)
-            LLM__WIDEN(LLM__W_Q4_MIN)
-            LLM__WIDEN(LLM__W_Q4_K)
-            LLM__WIDEN(LLM__W_Q4_K16)
-            LLM__WIDEN(LLM__W_Q5)
-            LLM__WIDEN(LLM__W_Q5_MIN)
-            LLM__WIDEN(LLM__W_Q5_K)
-            LLM__WIDEN(LLM__W_Q6_K16)
-            LLM__WIDEN(LLM__W_IQ4)
-            LLM__WIDEN(LLM__W_IQ4_K)
-        default: LLM__FN(widen_group)(LLM__W_Q8, q, s, d, to + (size_t)(g - first) * LLM__FN(wide_bytes));
-#undef LLM__WIDEN
-        }
+        float *scales = (float *)(void *)(to + 512);
+        if (form.table) LLM__FN(widen_numbers)(LLM__W_IQ4, q, to);
+        else if (form.bits == 4) LLM__FN(widen_numbers)(LLM__W_Q4, q, to);
+        else if (form.bits == 5) LLM__FN(widen_numbers)(LLM__W_Q5, q, to);
+        else if (form.bits == 6) LLM__FN(widen_numbers)(LLM__W_Q6_K16, q, to);
+        else LLM__FN(widen_numbers)(LLM__W_Q8, q, to);
+        if (form.sixteen && form.minimum) LLM__FN(widen_scales)(LLM__W_Q4_K16, s, d, scales);
+        else if (form.sixteen) LLM__FN(widen_scales)(LLM__W_Q6_K16, s, d, scales);
+        else if (form.k && form.minimum) LLM__FN(widen_scales)(LLM__W_Q4_K, s, d, scales);
+        else if (form.k) LLM__FN(widen_scales)(LLM__W_IQ4_K, s, d, scales);
+        else if (form.minimum) LLM__FN(widen_scales)(LLM__W_Q4_MIN, s, d, scales);
+        else LLM__FN(widen_scales)(LLM__W_Q4, s, d, scales);
+        to += LLM__FN(wide_bytes);
     }
 }
 
@@ -32059,34 +32085,6 @@ LLM__TARGET static void LLM__FN(group_product)(const llm__kernel_product *p) {
                 LLM__FN(widen_groups)(p->kind, p->tiles + (size_t)(t + i) * bytes, n_groups, first, n, wide[i]);
             LLM__FN(wide_product)(&part);
         }
-    }
-}
-
-/* Converts 32 activations at a time to integers. */
-LLM__TARGET static void LLM__FN(quantize)(const float *x, int k, llm__kernel_group *lines) {
-    const V zero = v_splat(0), whole = v_splat(LLM__WHOLE);
-    V all = zero;
-    for (int i = 0; i < k; i += 16) all = v_fma(v_load(x + i), zero, all);
-    const float none = v_sum(all); /* 0, or NaN if x has an infinity or a NaN */
-    for (llm__kernel_group *line = lines; line < lines + k / 32; line++, x += 32) {
-        V a = v_load(x), b = v_load(x + 16);
-        float most = v_hmax(v_max(v_max(a, v_sub(zero, a)), v_max(b, v_sub(zero, b))));
-        bool any = most > LLM__LEAST && none == 0;
-        V inverse = v_splat(any ? 127.0f / most : 0);
-        line->scale = any ? most / 127.0f : none;
-        if (none != 0) a = b = zero;
-        a = v_fma(a, inverse, whole);
-        b = v_fma(b, inverse, whole);
-        v_store_bytes(a, line->a);
-        v_store_bytes(b, line->a + 16);
-        float low = v_sum(v_sub(a, whole)), high = v_sum(v_sub(b, whole));
-        line->scaled_sum = line->scale * (low + high);
-        line->scaled_sums[0] = line->scale * low;
-        line->scaled_sums[1] = line->scale * high;
-        line->halves[0] = (int32_t)low;
-        line->halves[1] = (int32_t)high;
-        line->n = (int32_t)(low + high);
-        line->unused = 0;
     }
 }
 
@@ -32232,6 +32230,34 @@ LLM__TARGET static void LLM__FN(pack_softmax)(const float *s, int n, int padded,
 
 LLM__PRODUCT(product_f32, LLM__W_F32)
 LLM__PRODUCT(product_f16, LLM__W_F16)
+
+/* Converts 32 activations at a time to integers. */
+LLM__TARGET static void LLM__FN(quantize)(const float *x, int k, llm__kernel_group *lines) {
+    const V zero = v_splat(0), whole = v_splat(LLM__WHOLE);
+    V all = zero;
+    for (int i = 0; i < k; i += 16) all = v_fma(v_load(x + i), zero, all);
+    const float none = v_sum(all); /* 0, or NaN if x has an infinity or a NaN */
+    for (llm__kernel_group *line = lines; line < lines + k / 32; line++, x += 32) {
+        V a = v_load(x), b = v_load(x + 16);
+        float most = v_hmax(v_max(v_max(a, v_sub(zero, a)), v_max(b, v_sub(zero, b))));
+        bool any = most > LLM__LEAST && none == 0;
+        V inverse = v_splat(any ? 127.0f / most : 0);
+        line->scale = any ? most / 127.0f : none;
+        if (none != 0) a = b = zero;
+        a = v_fma(a, inverse, whole);
+        b = v_fma(b, inverse, whole);
+        v_store_bytes(a, line->a);
+        v_store_bytes(b, line->a + 16);
+        float low = v_sum(v_sub(a, whole)), high = v_sum(v_sub(b, whole));
+        line->scaled_sum = line->scale * (low + high);
+        line->scaled_sums[0] = line->scale * low;
+        line->scaled_sums[1] = line->scale * high;
+        line->halves[0] = (int32_t)low;
+        line->halves[1] = (int32_t)high;
+        line->n = (int32_t)(low + high);
+        line->unused = 0;
+    }
+}
 
 LLM__TARGET static void LLM__FN(scale)(const float *x, float factor, int n, bool round, float *y) {
     const LLM__FN(output) to = {y, round};
@@ -32520,7 +32546,7 @@ LLM__TARGET static void LLM__FN(many_rows_2_4)(llm__kernel_product p) {
         }
         for (int left = p.k; left > 0; left -= part.k, part.x += part.k) {
             part.k = left < LLM__BLOCKS_2_4 * 32 ? left : LLM__BLOCKS_2_4 * 32;
-            LLM__FN(unpack)(p.kind, p.tiles, part.k / 32, wide);
+            LLM__SHARED(unpack)(p.kind, p.tiles, part.k / 32, wide);
             p.tiles += (size_t)part.k / 32 * llm__kernel_block_bytes[p.kind];
             LLM__FN(product_bf16)(&part);
         }
@@ -32714,7 +32740,7 @@ LLM__INLINE llm__kernel_tile_product LLM__FN(panel_product)(const llm__kernel_pa
     product.ahead_next = tile + 3 == p->n_tiles || p->n_tiles == 1 ? 0 : p->tile_bytes;
     for (int i = 0; i < n; i++) b[i] = p->kind == kind ? w + (size_t)i * bytes : p->unpacked + i * 1024;
     for (int i = 0; i < product.n_cols && p->kind != kind; i++)
-        LLM__FN(unpack)(p->kind, w + (size_t)i * p->tile_bytes, n, p->unpacked + (size_t)i * product.b_next);
+        LLM__SHARED(unpack)(p->kind, w + (size_t)i * p->tile_bytes, n, p->unpacked + (size_t)i * product.b_next);
     return product;
 }
 
@@ -32865,13 +32891,13 @@ LLM__TARGET static uint32_t LLM__FN(tile_multiply)(size_t n) {
 #endif
 
 /* FN is LLM__FN, or LLM__SHARED if the set uses the products of another set. */
-#define LLM__KERNEL_TABLE(FN)                                                                                    \
-    {LLM__SHARED(product_f32), FN(product_bf16),     FN(product_int8),                                           \
-     LLM__SHARED(product_f16), LLM__FN(product_2_4), LLM__FN(product_2_4)},                                      \
-        LLM__FN(group_product), LLM__FN(quantize), LLM__FN(unpack), LLM__SHARED(norm_factor), LLM__SHARED(norm), \
-        LLM__SHARED(swiglu), LLM__SHARED(softmax), LLM__SHARED(maxima), LLM__SHARED(odds), LLM__SHARED(merge),   \
-        LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope), LLM__SHARED(read),          \
-        LLM__SHARED(multiply), LLM__FN(multiply_bytes), LLM__MULTIPLY_PAIRS
+#define LLM__KERNEL_TABLE(FN)                                                                                 \
+    {LLM__SHARED(product_f32), FN(product_bf16),     FN(product_int8),                                        \
+     LLM__SHARED(product_f16), LLM__FN(product_2_4), LLM__FN(product_2_4)},                                   \
+        LLM__FN(group_product), LLM__SHARED(quantize), LLM__SHARED(unpack), LLM__SHARED(norm_factor),         \
+        LLM__SHARED(norm), LLM__SHARED(swiglu), LLM__SHARED(softmax), LLM__SHARED(maxima), LLM__SHARED(odds), \
+        LLM__SHARED(merge), LLM__SHARED(scale), LLM__SHARED(add), LLM__SHARED(weigh), LLM__SHARED(rope),      \
+        LLM__SHARED(read), LLM__SHARED(multiply), LLM__FN(multiply_bytes), LLM__MULTIPLY_PAIRS
 
 static const llm__kernels LLM__FN(kernels) = {
 #if defined(LLM__USE_BF16)

@@ -31,6 +31,7 @@
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
+#include "examples/arrays.h"
 #include "examples/ranks.h"
 
 #include <argp.h>
@@ -207,8 +208,8 @@ typedef struct question {
 
 typedef struct task {
     options opt;
-    const char *data; /* the file's path */
-    question *questions;
+    const char *data;    /* the file's path */
+    question *questions; /* stb_ds array [n] */
     int n;
     llm_tokenizer *tokenizer;
     int next;    /* atomic: the next question to tokenize */
@@ -231,27 +232,25 @@ typedef struct answer {
     double log_likelihoods[ENDINGS];
 } answer;
 
-/* Reads a whole file, which may be compressed, and appends a NUL. */
-static char *read_file(const char *path, size_t *size) {
+/* Reads a whole file, which may be compressed, and appends a NUL. Returns an stb_ds array. */
+static char *read_file(const char *path) {
+    enum { PIECE = 1 << 16 };
     FILE *file = fopen(path, "rb");
-    size_t room = 1 << 20, n = strlen(path);
+    size_t n = strlen(path), got = PIECE;
     bool compressed = n > 4 && !strcmp(path + n - 4, ".bz2");
-    char *text = (char *)must_alloc(room);
+    char *text = NULL;
     int status = BZ_OK;
     if (!file) give_up("%s: %s", path, strerror(errno));
     BZFILE *packed = compressed ? BZ2_bzReadOpen(&status, file, 0, 0, NULL, 0) : NULL;
-    for (*size = 0; status == BZ_OK;) {
-        size_t got = compressed ? (size_t)BZ2_bzRead(&status, packed, text + *size, (int)(room - *size - 1))
-                                : fread(text + *size, 1, room - *size - 1, file);
-        if (!got && !compressed) break;
-        *size += got;
-        if (room - *size < 1 << 16) text = (char *)realloc(text, room *= 2);
-        if (!text) give_up("out of memory");
+    while (status == BZ_OK && got) {
+        char *to = arraddnptr(text, PIECE);
+        got = compressed ? (size_t)BZ2_bzRead(&status, packed, to, PIECE) : fread(to, 1, PIECE, file);
+        arrsetlen(text, arrlenu(text) - PIECE + got);
     }
     if (compressed ? status != BZ_STREAM_END : ferror(file)) give_up("%s cannot be read", path);
     if (compressed) BZ2_bzReadClose(&status, packed);
     fclose(file);
-    text[*size] = 0;
+    arrput(text, 0);
     return text;
 }
 
@@ -420,29 +419,23 @@ static bool read_text_question(const char *path, int number, char **at, bool no_
 }
 
 static void read_questions(task *t) {
-    size_t size, room = 0;
-    char *text = read_file(t->data, &size), *at = text;
+    char *text = read_file(t->data), *at = text;
     bool json = *text == '{';
     while (!t->opt.limit || t->n < t->opt.limit) {
-        if ((size_t)t->n == room) {
-            room = room ? 2 * room : 1024;
-            t->questions = (question *)realloc(t->questions, room * sizeof *t->questions);
-            if (!t->questions) give_up("out of memory");
-        }
-        question *q = &t->questions[t->n];
-        memset(q, 0, sizeof *q);
+        question q = {0};
         if (json) {
             char *line = take_line(&at);
             if (!line) break;
-            read_json_question(t->data, t->n + 1, line, strlen(line), t->opt.no_label, q);
-        } else if (!read_text_question(t->data, t->n + 1, &at, t->opt.no_label, q)) {
+            read_json_question(t->data, t->n + 1, line, strlen(line), t->opt.no_label, &q);
+        } else if (!read_text_question(t->data, t->n + 1, &at, t->opt.no_label, &q)) {
             break;
         }
-        if (q->label < 0 || q->label >= ENDINGS)
+        if (q.label < 0 || q.label >= ENDINGS)
             give_up("%s: question %d does not say which ending is right", t->data, t->n + 1);
+        arrput(t->questions, q);
         t->n++;
     }
-    free(text);
+    arrfree(text);
     if (!t->n) give_up("%s has no questions", t->data);
 }
 
@@ -481,7 +474,7 @@ static bool tokenize_question(const llm_tokenizer *tokenizer, question *q, llm_e
                                     room, &n_context, err);
         free(spaced);
         if (n < 0) return false;
-        q->tokens[e] = (llm_token *)realloc(q->tokens[e], (size_t)(n + 1) * sizeof(llm_token));
+        q->tokens[e] = (llm_token *)resize(q->tokens[e], (size_t)(n + 1) * sizeof(llm_token));
         q->n_context = (int)n_context;
         q->n_ending[e] = (int)(n - n_context);
         q->n_characters[e] = count_characters(q->endings[e]);
@@ -499,8 +492,7 @@ static void *tokenize(void *arg) {
     return NULL;
 }
 
-/* ---- Results in a file
-   -------------------------------------------------------------------------------------------- */
+/* ---- Results in a file ------------------------------------------------------------------------------------------ */
 
 /* Writes a line that identifies everything the answers depend on: the model, its types in memory, and the tokens of the
    questions. */
@@ -538,8 +530,7 @@ static void open_results(task *t, const llm_model_info *info) {
             give_up("%s: %s", path, strerror(errno));
         return;
     }
-    size_t size;
-    char *text = read_file(path, &size), *at = text + strlen(wanted), *end;
+    char *text = read_file(path), *at = text + strlen(wanted), *end;
     if (strncmp(text, wanted, strlen(wanted)))
         give_up("%s is not of this model, type of weights, and questions; remove it or name another file", path);
     for (int number = 2; (end = strchr(at, '\n')); at = end + 1, number++) {
@@ -547,7 +538,7 @@ static void open_results(task *t, const llm_model_info *info) {
         if (!read_answer(at, t)) give_up("%s, line %d is damaged; remove it", path, number);
     }
     if (truncate(path, at - text) || !(t->results = fopen(path, "a"))) give_up("%s: %s", path, strerror(errno));
-    free(text);
+    arrfree(text);
 }
 
 /* ---- Scoring ---------------------------------------------------------------------------------------------------- */

@@ -20,6 +20,8 @@
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
+#include "examples/arrays.h"
+
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -41,39 +43,31 @@ static llm_status explain(llm_error *err, llm_status code, const char *what, con
     return err->code = code;
 }
 
-/* Reads a whole file. Free *text. */
-static llm_status read_text(const char *path, char **text, size_t *n, llm_error *err) {
+/* Appends a whole file to *text, an stb_ds array. */
+static llm_status read_text(const char *path, char **text, llm_error *err) {
+    enum { PIECE = 1 << 16 };
     FILE *file = fopen(path, "rb");
-    size_t room = 1 << 16, got = 1;
-    *text = (char *)malloc(room);
-    *n = 0;
-    while (file && *text && got) {
-        got = fread(*text + *n, 1, room - *n, file);
-        *n += got;
-        if (*n < room) continue;
-        char *more = (char *)realloc(*text, room *= 2);
-        if (!more) free(*text);
-        *text = more;
+    for (size_t got = PIECE; file && got == PIECE;) {
+        got = fread(arraddnptr(*text, PIECE), 1, PIECE, file);
+        arrsetlen(*text, arrlenu(*text) - PIECE + got);
     }
     const bool failed = !file || ferror(file);
     if (file) fclose(file);
-    if (failed) return explain(err, LLM_ERROR_IO, "this file cannot be read", path);
-    return *text ? LLM_OK : explain(err, LLM_ERROR_MEMORY, "there is no memory for this file", path);
+    return failed ? explain(err, LLM_ERROR_IO, "this file cannot be read", path) : LLM_OK;
 }
 
 /* Lets the model at `from` read the text at `path`. Without a path there is no importance. */
 static llm_status calibrate(llm_importance **out, const char *from, const char *path, llm_error *err) {
     llm_model *model = NULL;
     char *text = NULL;
-    size_t n = 0;
     *out = NULL;
     if (!path) return LLM_OK;
-    llm_status status = read_text(path, &text, &n, err);
+    llm_status status = read_text(path, &text, err);
     if (!status) status = llm_model_load(&model, from, NULL, err);
-    if (!status) status = llm_calibrate(out, model, text, n, NULL, err);
+    if (!status) status = llm_calibrate(out, model, text, arrlenu(text), NULL, err);
     if (!status) printf("calibrated with %lld tokens of %s\n", (long long)llm_importance_n_tokens(*out), path);
     llm_model_free(model);
-    free(text);
+    arrfree(text);
     return status;
 }
 

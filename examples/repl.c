@@ -14,10 +14,8 @@
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
+#include "examples/arrays.h"
 #include "examples/ranks.h"
-
-#define STB_DS_IMPLEMENTATION
-#include <stb/stb_ds.h>
 
 #include <argp.h>
 #include <errno.h>

@@ -30,6 +30,8 @@
 #define LLM_IMPLEMENTATION
 #include "llm.h"
 
+#include "examples/arrays.h"
+
 #include <argp.h>
 #include <arpa/inet.h>
 #include <float.h>
@@ -131,11 +133,6 @@ static error_t parse_option(int key, char *arg, struct argp_state *state) {
 
 enum { MOST_STOPS = 16, MOST_BIASES = 1024, MOST_PROMPTS = 1024, MOST_TOOLS = 128 };
 
-typedef struct buffer {
-    char *at; /* [n] of [room] */
-    size_t n, room;
-} buffer;
-
 /* One prompt of a request, and its answer. */
 typedef struct prompt {
     struct prompt *next; /* in the list of running prompts */
@@ -146,7 +143,7 @@ typedef struct prompt {
     int n_ids;
     llm_sampler sampler;
     llm_stream *stream; /* used by the main thread only */
-    buffer text;        /* the answer's text; if streaming, the part not sent yet */
+    char *text;         /* stb_ds array: the answer's text; if streaming, the part not sent yet */
     json_t *log_probs;  /* of the tokens since the last piece, see add_log_prob */
     json_t *choice;     /* the complete answer, if not streaming */
     bool said_role;     /* the first piece of a chat was sent */
@@ -157,7 +154,7 @@ typedef struct request {
     struct request *next; /* in the queue */
     struct server *server;
     struct MHD_Connection *connection;
-    buffer body;
+    char *body; /* stb_ds array */
     /* The request: */
     json_t *json;
     bool is_chat, streams, wants_usage, echoes, ignores_end;
@@ -179,7 +176,7 @@ typedef struct request {
     int n_begun, n_ended;                /* prompts whose streams have begun; prompts whose answers are complete */
     int n_prompt, n_reused, n_generated; /* tokens of the complete answers */
     int code;                            /* HTTP status, if not streaming */
-    buffer out;                          /* the first n_sent bytes are sent */
+    char *out;                           /* stb_ds array; the first n_sent bytes are sent */
     size_t n_sent;
     bool accepted;  /* the request was passed to the main thread */
     bool finished;  /* nothing will be added to `out` */
@@ -203,17 +200,6 @@ typedef struct server {
     uint64_t n_answers, n_refused, n_hung_up, n_failed, n_shortened, n_prompt, n_reused, n_generated;
 } server;
 
-static void out_of_memory(void) {
-    fprintf(stderr, "server: out of memory\n");
-    exit(1);
-}
-
-static void *resize(void *at, size_t n) {
-    at = realloc(at, n);
-    if (!at) out_of_memory();
-    return at;
-}
-
 /* With the lock held. Frees a request if both threads are done with it. */
 static void let_go(request *r) {
     if (!r->closed || (r->accepted && !r->finished)) return;
@@ -222,29 +208,20 @@ static void let_go(request *r) {
         json_decref(r->prompts[i].log_probs);
         json_decref(r->prompts[i].choice);
         free(r->prompts[i].ids);
-        free(r->prompts[i].text.at);
+        arrfree(r->prompts[i].text);
     }
     json_decref(r->json);
     llm_grammar_free(r->grammar);
     free(r->prompts);
-    free(r->body.at);
+    arrfree(r->body);
     free(r->messages);
     free(r->variables);
     free(r->tools);
-    free(r->out.at);
+    arrfree(r->out);
     free(r);
 }
 
-/* Makes room for n more bytes and a NUL at the end, and returns a pointer to it. */
-static char *reserve(buffer *b, size_t n) {
-    if (b->n + n + 1 > b->room) b->at = (char *)resize(b->at, b->room = 2 * (b->n + n + 1));
-    return b->at + b->n;
-}
-
-static void put(buffer *b, const char *text, size_t n) {
-    memcpy(reserve(b, n), text, n);
-    b->n += n;
-}
+static void put(char **to, const char *text, size_t n) { memcpy(arraddnptr(*to, n), text, n); }
 
 /* With the lock held. Resumes the connection. */
 static void wake(request *r) {
@@ -262,7 +239,7 @@ static void suspend(request *r) {
 /* Returns a value as text. 15 digits are what a double surely keeps of a decimal number. */
 static char *write_json(const json_t *value) {
     char *text = value ? json_dumps(value, JSON_COMPACT | JSON_REAL_PRECISION(15)) : NULL;
-    if (!text) out_of_memory();
+    if (!text) error(EXIT_FAILURE, 0, "out of memory");
     return text;
 }
 
@@ -346,7 +323,8 @@ static void put_echo(prompt *p) {
     for (int i = 0; i <= p->n_ids && !json_is_string(p->given); i++) {
         llm_token token = i < p->n_ids ? p->ids[i] : -1; /* -1: the end */
         size_t n = llm_stream_token(tokenizer, &stream, token, NULL, 0);
-        p->text.n += llm_stream_token(tokenizer, &stream, token, reserve(&p->text, n), n + 1);
+        llm_stream_token(tokenizer, &stream, token, arraddnptr(p->text, n + 1), n + 1);
+        arrsetlen(p->text, arrlenu(p->text) - 1); /* without the NUL */
     }
     if (r->n_log_probs < 0) return;
     json_t *entry = log_prob_json(tokenizer, (llm_log_prob){p->ids[0], 0});
@@ -386,9 +364,8 @@ static void put_piece(prompt *p, size_t n, json_t *calls, const char *reason) {
     request *r = p->request;
     json_t *choice =
         json_pack("{s:i, s:o, s:s?}", "index", p->index, "logprobs", take_log_probs(p), "finish_reason", reason);
-    json_t *string = n ? json_stringn(p->text.at, n) : NULL;
-    p->text.n -= n;
-    if (n) memmove(p->text.at, p->text.at + n, p->text.n);
+    json_t *string = n ? json_stringn(p->text, n) : NULL;
+    if (n) arrdeln(p->text, 0, n);
     p->said_text = p->said_text || n;
     if (r->is_chat) {
         json_t *delta = json_object();
@@ -414,8 +391,8 @@ static size_t trim(const char *text, size_t n) {
    call. Without a mark, returns the length of the whole text. */
 static size_t find_calls(const prompt *p) {
     static const char *const marks[] = {"<tool_call>", "<|python_tag|>", "[TOOL_CALLS]"};
-    const char *text = p->text.at;
-    size_t n = p->text.n, at = 0;
+    const char *text = p->text;
+    size_t n = arrlenu(text), at = 0;
     while (at < n && is_blank(text[at])) at++;
     if (p->request->form == LLM_TOOL_FORM_LLAMA && !p->said_text && at < n && text[at] == '{') return at;
     for (; at < n; at++)
@@ -432,7 +409,7 @@ static bool on_text(void *user, const char *text, size_t n) {
     pthread_mutex_lock(&r->server->lock);
     put(&p->text, text, n);
     if (r->streams) {
-        n = r->form ? trim(p->text.at, find_calls(p)) : p->text.n;
+        n = r->form ? trim(p->text, find_calls(p)) : arrlenu(p->text);
         if (n) put_piece(p, n, NULL, NULL);
         if (n) wake(r);
     }
@@ -462,8 +439,8 @@ static json_t *read_calls(prompt *p, size_t *n_before) {
     request *r = p->request;
     server *s = r->server;
     llm_tool_calls *read = NULL;
-    if (!r->form || find_calls(p) == p->text.n) return NULL;
-    if (llm_tool_calls_read(&read, p->text.at, p->text.n, NULL, NULL)) return NULL;
+    if (!r->form || find_calls(p) == arrlenu(p->text)) return NULL;
+    if (llm_tool_calls_read(&read, p->text, arrlenu(p->text), NULL, NULL)) return NULL;
     json_t *calls = read->n_calls ? json_array() : NULL;
     for (int i = 0; i < read->n_calls && (!i || !r->one_call); i++) {
         const llm_tool_call *call = &read->calls[i];
@@ -488,7 +465,7 @@ static json_t *read_calls(prompt *p, size_t *n_before) {
 /* With the lock held. Called when the text of one prompt is complete. */
 static void end_text(prompt *p, const llm_stats *stats) {
     request *r = p->request;
-    size_t n = p->text.n;
+    size_t n = arrlenu(p->text);
     json_t *calls = read_calls(p, &n);
     const char *reason = calls ? "tool_calls" : finish_reason(stats->stop);
     r->n_ended++;
@@ -502,7 +479,7 @@ static void end_text(prompt *p, const llm_stats *stats) {
         wake(r);
         return;
     }
-    json_t *text = calls && !n ? json_null() : json_stringn(p->text.at ? p->text.at : "", n);
+    json_t *text = calls && !n ? json_null() : json_stringn(p->text ? p->text : "", n);
     p->choice = json_pack("{s:i, s:o, s:s}", "index", p->index, "logprobs", take_log_probs(p), "finish_reason", reason);
     if (!r->is_chat) json_object_set_new(p->choice, "text", text);
     else
@@ -1095,7 +1072,7 @@ static bool has_value(const char *text, const json_t *value) {
     json_t *list = json_loads(text, 0, NULL), *one;
     bool found = false;
     size_t i;
-    if (!list) out_of_memory();
+    if (!list) error(EXIT_FAILURE, 0, "out of memory");
     json_array_foreach(list, i, one) {
         bool numbers = json_is_number(one) && json_is_number(value);
         found = found || (numbers ? json_number_value(one) == json_number_value(value) : json_equal(one, value));
@@ -1169,7 +1146,7 @@ static const char *read_request(request *r, llm_error *err) {
     json_error_t where;
     double most = -1, seed = -1;
     struct timespec now;
-    r->json = json_loadb(r->body.at ? r->body.at : "", r->body.n, JSON_REJECT_DUPLICATES, &where);
+    r->json = json_loadb(r->body ? r->body : "", arrlenu(r->body), JSON_REJECT_DUPLICATES, &where);
     if (!json_is_object(r->json)) return "the body is not a JSON object";
     clock_gettime(CLOCK_REALTIME, &now);
     const json_t *stream = json_object_get(r->json, "stream_options");
@@ -1267,12 +1244,15 @@ static enum MHD_Result send_metrics(server *s, struct MHD_Connection *c) {
 static ssize_t read_stream(void *user, uint64_t at, char *to, size_t most) {
     request *r = (request *)user;
     pthread_mutex_lock(&r->server->lock);
-    size_t n = r->out.n - r->n_sent < most ? r->out.n - r->n_sent : most;
+    size_t left = arrlenu(r->out) - r->n_sent, n = left < most ? left : most;
     bool ended = !n && r->finished;
     (void)at;
-    if (n) memcpy(to, r->out.at + r->n_sent, n);
+    if (n) memcpy(to, r->out + r->n_sent, n);
     r->n_sent += n;
-    if (r->n_sent == r->out.n) r->n_sent = r->out.n = 0;
+    if (n == left) {
+        arrsetlen(r->out, 0);
+        r->n_sent = 0;
+    }
     if (!n && !ended) suspend(r);
     pthread_mutex_unlock(&r->server->lock);
     return ended ? MHD_CONTENT_READER_END_OF_STREAM : (ssize_t)n;
@@ -1351,15 +1331,14 @@ static enum MHD_Result handle(void *user, struct MHD_Connection *c, const char *
     if (*n_data) { /* the rest of a body that is too long is ignored */
         size_t n = *n_data;
         *n_data = 0;
-        if (r->body.n + n > (size_t)s->opt.most_body) r->body.n = (size_t)s->opt.most_body + 1;
-        if (r->body.n <= (size_t)s->opt.most_body) put(&r->body, data, n);
+        if (arrlenu(r->body) <= (size_t)s->opt.most_body) put(&r->body, data, n);
         return MHD_YES;
     }
     if (r->accepted) { /* the connection was resumed: the complete answer is ready */
         pthread_mutex_lock(&s->lock);
         bool finished = r->finished;
         pthread_mutex_unlock(&s->lock);
-        return finished ? send_text(c, r->code, "application/json", r->out.at ? r->out.at : "", r->out.n) : MHD_YES;
+        return finished ? send_text(c, r->code, "application/json", r->out ? r->out : "", arrlenu(r->out)) : MHD_YES;
     }
     const char *type = MHD_lookup_connection_value(c, MHD_HEADER_KIND, "Content-Type");
     if (!has_key(s, c)) return send_error(r, 401, "the key is missing or wrong");
@@ -1368,7 +1347,7 @@ static enum MHD_Result handle(void *user, struct MHD_Connection *c, const char *
     /* A web page in a user's browser cannot send this type to another site without its permission. */
     if (!type || strncasecmp(type, "application/json", 16))
         return send_error(r, 415, "the type must be application/json");
-    if (r->body.n > (size_t)s->opt.most_body) return send_error(r, 413, "the request is too large");
+    if (arrlenu(r->body) > (size_t)s->opt.most_body) return send_error(r, 413, "the request is too large");
     return accept_request(r);
 }
 

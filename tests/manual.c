@@ -47,6 +47,17 @@ static void try_chat(const llm_model *model) {
     llm_context_free(ctx);
 }
 
+static void try_json(const llm_model *model) {
+    llm_context *ctx = create(model, 1, 1);
+    static const char schema[] = "{\"type\": \"object\", \"required\": [\"capital\"], \"additionalProperties\": false, "
+                                 "\"properties\": {\"capital\": {\"enum\": [\"Rome\", \"Paris\"]}}}";
+    char answer[4096];
+    llm_error err = {LLM_OK, "the answer is wrong"};
+    bool answered = !answer_json(ctx, "What is the capital of France?", schema, answer, &err);
+    check(answered && (strstr(answer, "\"Rome\"") || strstr(answer, "\"Paris\"")) && strchr(answer, '}'), "JSON", &err);
+    llm_context_free(ctx);
+}
+
 /* The loop must give the same tokens as llm_generate. */
 static void try_loop(const llm_model *model) {
     llm_context *ctx = create(model, 1, 1), *plain = create(model, 1, 1), *copied = create(model, 1, 1);
@@ -155,6 +166,7 @@ int main(int argc, char **argv) {
         return 1;
     }
     try_chat(model);
+    try_json(model);
     try_loop(model);
     try_users(model);
     try_share(model);

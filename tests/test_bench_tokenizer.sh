@@ -5,7 +5,7 @@ model=${LLM_MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
-if ! make -s build/venv/ready >"$out/log" 2>&1; then
+if ! make -s build/venv/vocabularies >"$out/log" 2>&1; then
     echo "1..1"
     echo "ok 1 - bench/tokenizer.py # SKIP the other tokenizers come from PyPI, which cannot be reached"
     exit

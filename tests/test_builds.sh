@@ -75,11 +75,11 @@ check "tests/exceptions.cpp" g++ -std=c++17 -O1 -Wall -Wextra -pedantic -Werror 
     -lm -lpthread
 check "callbacks leave by exceptions" timeout -k 5 300 "$tmp/exceptions" tests/golden/hf/gqa.gguf
 
-# The implementation was compiled above. LLM__IMPLEMENTED leaves it out where a program uses public functions only.
+# The implementation was compiled above. LLM_IMPLEMENTED leaves it out where a program uses public functions only.
 for program in examples/*.c tokenizer/*.c; do
     case $program in
     */hello.c | */hellaswag.c) without= ;; # LLM_STATIC; private functions
-    *) without=-DLLM__IMPLEMENTED ;;
+    *) without=-DLLM_IMPLEMENTED ;;
     esac
     check "$program, gcc" gcc -std=c99 -O0 $strict $without "$program"
     check "$program, clang" clang -std=c99 $parse $without "$program"
@@ -110,5 +110,5 @@ check "the program in README.md is examples/hello.c" cmp "$tmp/readme.c" "$tmp/h
     sed -n '/^ *QUICK START/,/^ *STEP BY STEP/p' llm.h | sed '1d;$d'
 } >"$tmp/quick.c"
 check "the quick start in llm.h compiles" gcc -std=c99 -O0 $strict "$tmp/quick.c"
-check "the quick start in llm.h compiles with clang" clang -std=c99 $parse -DLLM__IMPLEMENTED "$tmp/quick.c"
+check "the quick start in llm.h compiles with clang" clang -std=c99 $parse -DLLM_IMPLEMENTED "$tmp/quick.c"
 finish

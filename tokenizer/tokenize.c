@@ -7,15 +7,13 @@
    variables (the last two are optional). The output is the text that the model's chat template makes of it, as a JSON
    string per line, or with --ids the ids. The answer is open unless the variable add_generation_prompt is false. */
 #define LLM_IMPLEMENTATION
-#include "../llm.h"
+#include "llm.h"
+
+#include "examples/arrays.h"
 
 #include <argp.h>
 #include <jansson.h>
 #include <string.h>
-#ifdef _WIN32
-#include <fcntl.h>
-#include <io.h>
-#endif
 
 typedef struct options {
     const char *model;
@@ -47,19 +45,14 @@ static error_t parse_option(int key, char *value, struct argp_state *state) {
 
 /* ---- Encoding and decoding ---- */
 
-static void *need(void *ptr) {
-    if (ptr) return ptr;
-    fprintf(stderr, "tokenize: out of memory\n");
-    exit(1);
-}
-
 static void print_ids(const llm_token *ids, int64_t n) {
     for (int64_t i = 0; i < n; i++) printf(i ? " %ld" : "%ld", (long)ids[i]);
     printf("\n");
 }
 
 static void print_string(const char *text, size_t n_bytes) {
-    json_t *string = (json_t *)need(json_stringn_nocheck(text, n_bytes));
+    json_t *string = json_stringn_nocheck(text, n_bytes);
+    if (!string) error(EXIT_FAILURE, 0, "out of memory");
     json_dumpf(string, stdout, JSON_ENCODE_ANY);
     json_decref(string);
     printf("\n");
@@ -67,67 +60,57 @@ static void print_string(const char *text, size_t n_bytes) {
 
 static int encode(const llm_tokenizer *tokenizer, const options *o, const char *text, size_t n_bytes) {
     llm_error err;
-    size_t capacity = n_bytes + 8;
-    llm_token *ids = (llm_token *)need(malloc(capacity * sizeof *ids));
-    int64_t n = llm_encode(tokenizer, text, n_bytes, o->flags, ids, capacity, &err);
-    if (n > (int64_t)capacity) {
-        capacity = (size_t)n;
-        ids = (llm_token *)need(realloc(ids, capacity * sizeof *ids));
-        n = llm_encode(tokenizer, text, n_bytes, o->flags, ids, capacity, &err);
+    llm_token *ids = NULL;
+    int64_t n = (int64_t)n_bytes + 8;
+    while (n > arrlen(ids)) {
+        arrsetlen(ids, n);
+        n = llm_encode(tokenizer, text, n_bytes, o->flags, ids, arrlenu(ids), &err);
     }
     if (n < 0) fprintf(stderr, "tokenize: %s\n", err.message);
     print_ids(ids, n);
-    free(ids);
+    arrfree(ids);
     return n < 0;
 }
 
-/* JSON can only hold whole characters. Other bytes become U+FFFD, as in a stream of tokens. */
-static char *decode_characters(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n_ids, unsigned flags,
-                               size_t *n_bytes) {
-    llm_text_stream stream = {0, false, {0}, 0};
-    size_t capacity = 256, n = 0;
-    char *text = (char *)need(malloc(capacity));
-    stream.flags = flags;
+/* JSON can only hold whole characters. Other bytes become U+FFFD, as in a stream of tokens. Returns an stb_ds array. */
+static char *decode_characters(const llm_tokenizer *tokenizer, const llm_token *ids, size_t n_ids, unsigned flags) {
+    llm_text_stream stream = {.flags = flags};
+    char *text = NULL;
     for (size_t i = 0; i <= n_ids; i++) {
         llm_token token = i < n_ids ? ids[i] : -1;
-        size_t more;
         if (i < n_ids && token < 0) continue;
-        while ((more = llm_stream_token(tokenizer, &stream, token, text + n, capacity - n)) >= capacity - n) {
-            capacity = 2 * (capacity + more);
-            text = (char *)need(realloc(text, capacity));
-        }
-        n += more;
+        size_t n = llm_stream_token(tokenizer, &stream, token, NULL, 0);
+        llm_stream_token(tokenizer, &stream, token, arraddnptr(text, n + 1), n + 1);
+        arrsetlen(text, arrlenu(text) - 1); /* without the NUL */
     }
-    *n_bytes = n;
     return text;
 }
 
 static int decode(const llm_tokenizer *tokenizer, const options *o, const char *line) {
-    size_t n_ids = 0, capacity = strlen(line) / 2 + 1, n_bytes;
-    llm_token *ids = (llm_token *)need(malloc(capacity * sizeof *ids));
-    char *end, *text;
+    llm_token *ids = NULL;
+    char *end, *text = NULL;
     for (;; line = end) {
         long id = strtol(line, &end, 10);
         if (end == line) break;
-        ids[n_ids++] = id < 0 || id > INT32_MAX ? -1 : (llm_token)id;
+        arrput(ids, id < 0 || id > INT32_MAX ? -1 : (llm_token)id);
     }
     while (*line == ' ' || *line == '\n' || *line == '\r') line++;
     if (*line) {
         fprintf(stderr, "tokenize: \"%.20s\" is not a token id\n", line);
-        free(ids);
+        arrfree(ids);
         return 1;
     }
     if (o->json) {
-        text = decode_characters(tokenizer, ids, n_ids, o->flags, &n_bytes);
-        print_string(text, n_bytes);
+        text = decode_characters(tokenizer, ids, arrlenu(ids), o->flags);
+        print_string(text, arrlenu(text));
     } else {
-        n_bytes = llm_decode(tokenizer, ids, n_ids, o->flags, NULL, 0);
-        text = (char *)need(malloc(n_bytes + 1));
-        llm_decode(tokenizer, ids, n_ids, o->flags, text, n_bytes + 1);
+        size_t n_bytes = llm_decode(tokenizer, ids, arrlenu(ids), o->flags, NULL, 0);
+        arrsetlen(text, n_bytes + 1);
+        llm_decode(tokenizer, ids, arrlenu(ids), o->flags, text, n_bytes + 1);
         fwrite(text, 1, n_bytes, stdout);
     }
-    free(text);
-    free(ids);
+    arrfree(text);
+    arrfree(ids);
     return 0;
 }
 
@@ -183,8 +166,8 @@ static int render(const llm_tokenizer *tokenizer, const options *o, const llm_ch
                    : llm_chat_render(tokenizer, desc, text, capacity, &err);
         if (n < 0 || attempt) break;
         capacity = (size_t)n + 1;
-        if (o->ids) ids = (llm_token *)need(malloc(capacity * sizeof *ids));
-        else text = (char *)need(malloc(capacity));
+        if (o->ids) ids = (llm_token *)resize(NULL, capacity * sizeof *ids);
+        else text = (char *)resize(NULL, capacity);
     }
     if (n < 0) fprintf(stderr, "tokenize: %s\n", err.message);
     else if (o->ids) print_ids(ids, n);
@@ -210,22 +193,17 @@ static int chat(const llm_tokenizer *tokenizer, const options *o, char *line, si
 
 /* ---- Standard input ---- */
 
-/* Reads a line with its newline, or everything if `all`. Returns NULL at the end. The text may contain any bytes, also
-   0. */
-static char *read_input(int all, size_t *n) {
-    size_t capacity = 1 << 16;
-    char *text = (char *)need(malloc(capacity));
+/* Reads a line with its newline, or everything if `all`, and appends a NUL. Returns an stb_ds array, or NULL at the
+   end. The text may contain any bytes, also 0. */
+static char *read_input(int all) {
+    char *text = NULL;
     int c;
-    *n = 0;
     while ((c = getc(stdin)) != EOF) {
-        if (*n + 2 > capacity) text = (char *)need(realloc(text, capacity *= 2));
-        text[(*n)++] = (char)c;
+        arrput(text, (char)c);
         if (c == '\n' && !all) break;
     }
-    text[*n] = 0;
-    if (*n || all) return text;
-    free(text);
-    return NULL;
+    if (text || all) arrput(text, 0);
+    return text;
 }
 
 static int encode_json(const llm_tokenizer *tokenizer, const options *o, const char *line, size_t n) {
@@ -240,13 +218,13 @@ static int encode_json(const llm_tokenizer *tokenizer, const options *o, const c
 
 static int run(const llm_tokenizer *tokenizer, const options *o) {
     char *text;
-    size_t n;
     int failed = 0, all = !o->json && !o->decode && !o->chat;
-    while (!failed && (text = read_input(all, &n)) != NULL) {
+    while (!failed && (text = read_input(all)) != NULL) {
+        size_t n = arrlenu(text) - 1;
         if (o->chat) failed = chat(tokenizer, o, text, n);
         else if (o->decode) failed = decode(tokenizer, o, text);
         else failed = o->json ? encode_json(tokenizer, o, text, n) : encode(tokenizer, o, text, n);
-        free(text);
+        arrfree(text);
         if (all) break;
     }
     if (fflush(stdout)) failed = 1;
@@ -267,10 +245,6 @@ int main(int argc, char **argv) {
     options o = {NULL, 0, 0, 0, 0, 0};
     llm_tokenizer *tokenizer = NULL;
     llm_error err;
-#ifdef _WIN32
-    _setmode(_fileno(stdin), _O_BINARY);
-    _setmode(_fileno(stdout), _O_BINARY);
-#endif
     argp_parse(&argp, argc, argv, 0, NULL, &o);
     if (llm_tokenizer_load(&tokenizer, o.model, NULL, &err)) {
         fprintf(stderr, "tokenize: %s\n", err.message);
