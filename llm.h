@@ -32022,15 +32022,29 @@ LLM__TARGET static __attribute__((noinline)) void LLM__FN(wide_product)(const ll
     else LLM__FN(wide_rows)(LLM__W_Q4, p);
 }
 
+/* Widens n groups of a tile from `first` on. Prefetches those that are LLM__GROUPS later, in this tile or in the one
+   that is widened after it. */
 LLM__TARGET static __attribute__((noinline)) void LLM__FN(widen_groups)(llm__weight_type kind, const uint8_t *tile,
                                                                         int n_groups, int first, int n, uint8_t *to) {
     const llm__kernel_form form = llm__kernel_forms[kind];
+    int later = first + LLM__GROUPS;
+    const uint8_t *next = tile;
+    if (later >= n_groups) {
+        later -= n_groups;
+        next += LLM__GROUP_TILES * llm__matrix_tile_bytes(kind, 32 * n_groups);
+    }
+    const uint8_t *next_q = next + (size_t)later * LLM__NUMBER_BYTES(kind),
+                  *next_s = next + (size_t)n_groups * LLM__NUMBER_BYTES(kind) + (size_t)later * LLM__SCALE_BYTES(kind);
     const uint8_t *q = tile + (size_t)first * LLM__NUMBER_BYTES(kind),
                   *s = tile + (size_t)n_groups * LLM__NUMBER_BYTES(kind) + (size_t)first * LLM__SCALE_BYTES(kind),
                   *ds = tile + (size_t)n_groups * (LLM__NUMBER_BYTES(kind) + LLM__SCALE_BYTES(kind));
     for (int g = first; g < first + n; g++, q += LLM__NUMBER_BYTES(kind), s += LLM__SCALE_BYTES(kind)) {
         const uint8_t *d = ds + (size_t)(g / 8) * LLM__K_BYTES(kind);
         float *scales = (float *)(void *)(to + 512);
+        for (size_t line = 0; line < LLM__NUMBER_BYTES(kind); line += 64) __builtin_prefetch(next_q + line, 0, 2);
+        __builtin_prefetch(next_s, 0, 2);
+        next_q += LLM__NUMBER_BYTES(kind);
+        next_s += LLM__SCALE_BYTES(kind);
         if (form.table) LLM__FN(widen_numbers)(LLM__W_IQ4, q, to);
         else if (form.bits == 4) LLM__FN(widen_numbers)(LLM__W_Q4, q, to);
         else if (form.bits == 5) LLM__FN(widen_numbers)(LLM__W_Q5, q, to);
@@ -32070,7 +32084,8 @@ LLM__TARGET static void LLM__FN(group_product)(const llm__kernel_product *p) {
     enum { T = LLM__GROUP_TILES };
     uint8_t wide[T][(int)LLM__GROUPS * LLM__FN(wide_bytes)] __attribute__((aligned(64)));
     const size_t bytes = llm__matrix_tile_bytes(p->kind, p->k);
-    const int n_groups = p->k / 32;
+    /* With few rows the memory must not wait for the products. */
+    const int n_groups = p->k / 32, most = p->n_rows > 32 ? LLM__GROUPS : LLM__GROUPS / 4;
     for (int t = 0; t < p->n_tiles && p->n_rows == 1; t++)
         LLM__FN(row_product)(p->kind, p->groups, p->tiles + (size_t)t * bytes, n_groups, p->y + 16 * t);
     for (int t = 0; t < p->n_tiles && p->n_rows > 1; t += T) {
@@ -32079,7 +32094,7 @@ LLM__TARGET static void LLM__FN(group_product)(const llm__kernel_product *p) {
         part.tiles = wide[0];
         part.y += 16 * t;
         for (int first = 0, n; first < n_groups; first += n, part.groups += n) {
-            n = n_groups - first < LLM__GROUPS ? n_groups - first : (int)LLM__GROUPS;
+            n = n_groups - first < most ? n_groups - first : most;
             part.k = 32 * n;
             for (int i = 0; i < part.n_tiles; i++)
                 LLM__FN(widen_groups)(p->kind, p->tiles + (size_t)(t + i) * bytes, n_groups, first, n, wide[i]);
