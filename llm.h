@@ -6271,8 +6271,9 @@ static uint8_t *llm__nfc_apply(llm__env *env, const llm__nfc *nfc, const uint8_t
    A chat template is a program in Jinja (https://jinja.palletsprojects.com). This section parses and runs the language
    that chat templates use, and gives the text that jinja2 gives with the settings of Hugging Face transformers:
    trim_blocks, lstrip_blocks, loop controls, raise_exception, strftime_now, tojson with its own spacing, and generation
-   blocks. A template that needs more is refused when it is parsed, with a message that names what is missing. Only a
-   rendering can show that a format that is no constant needs more, or a letter whose other case is not known here.
+   blocks. A template that needs more is refused when it is parsed, with a message that names what is missing. Some
+   things depend on values, and are refused while the template runs: a format or a filter's name that is no constant, an
+   integer of more than 64 bits, an attribute of a macro, and a letter whose other case is not known here.
 
    Each byte of a string remembers whether it came from the host's messages or from the template. The mark survives
    concatenation, slices and filters. Special tokens are recognised only in bytes of the template, so that what a user

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Sends a server random small requests, some of them invalid or aborted, and looks for leaks.
 
-    build/server -m MODEL -p 8080 & bench/soak.py http://127.0.0.1:8080 --pid $!
+    build/server -m MODEL -p 8080 --ctx 512 --cache 1024 & bench/soak.py http://127.0.0.1:8080 --pid $!
+
+The server keeps prefixes of prompts until its cache is full. With a small cache it does not use more and more memory.
 
 Sends chats and texts, whole and streamed, with stops, seeds, log-probabilities, schemas, echo, several prompts and tools;
 requests that must be refused (no JSON, wrong values, wrong addresses, large bodies); and clients that hang up during the

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Fuzzing: runs each target of tests/fuzz/fuzz.c for FUZZ_SECONDS (default 30), one target per processor at a time. Inputs that
+# Fuzzing: runs each target of tests/fuzz/fuzz.c for FUZZ_SECONDS (default 25), one target per processor at a time. Inputs that
 # reach new code are kept in build/fuzz/corpus. Inputs that fail are kept in build/fuzz/findings and are tried first in the next
 # run. When the bug is fixed, move the input to tests/fuzz/regressions/TARGET. With FUZZ_SEED=0, each run tries other inputs. By
 # default they are chosen in the same way each time, so that a failure of `make test` can be repeated.
 . tests/tap.sh
 here=$(dirname "$0")/fuzz
-seconds=${FUZZ_SECONDS:-30}
+seconds=${FUZZ_SECONDS:-25}
 targets="gguf packed safetensors json tokenizer.json tokenizer.model pth chat messages tool-calls grammar round-trip"
 export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
 
