@@ -147,7 +147,7 @@ build/gpu/hellaswag build/gpu/repl: build/gpu/%: %.c llm.h build/gpu/llm_cuda.o
 
 # Everything that bench/gpu.sh needs on a machine with a GPU and no network: programs, cmocka, a tokenizer and HellaSwag's questions.
 gpu-bundle:
-	.ci/need libcmocka-dev:cmocka.h g++:g++ python3:python3
+	.ci/need $(NEEDED_TO_BUILD) libcmocka-dev:cmocka.h python3:python3
 	$(MAKE) $(SMOLLM2)
 	bench/gpu.sh --build
 	cp -L $$($(CC) -print-file-name=libcmocka.so.0) build/gpu/
@@ -297,6 +297,7 @@ build/libllm.so: llm.h
 	$(CC) $(CFLAGS) -std=c99 $(WARNINGS) -shared -fPIC -DLLM_IMPLEMENTATION -I. $(CPPFLAGS) -o $@ -x c llm.h $(LDFLAGS) -x none -lm -lpthread
 
 build/venv/%: Makefile
+	python3 -c 'import ensurepip' 2>/dev/null || .ci/need python3-venv:/usr/lib/python3*/ensurepip
 	python3 -m venv build/venv
 	build/venv/bin/pip install -q $(PIP_$*)
 	touch $@
@@ -311,7 +312,7 @@ build/venv/grammar: build/venv/vocabularies
 
 # LibreOffice's help in six languages, and Chinese news and reviews.
 build/texts/ready:
-	.ci/need dpkg:dpkg-deb apt:apt-get
+	.ci/need dpkg:dpkg-deb apt:apt-get python3-pip:pip3
 	mkdir -p build/texts
 	cd build/texts && apt-get download -qq $(patsubst %,libreoffice-help-%,ja ko ru el hi zh-cn)
 	for package in build/texts/*.deb; do dpkg-deb -x $$package build/texts; done
@@ -335,12 +336,14 @@ bench-serve: $(SMOLLM2)
 	bench/serve_beside.py $(MODEL) $(LLAMA_SERVER)
 
 build/peers/venv/ready: Makefile
+	python3 -c 'import ensurepip' 2>/dev/null || .ci/need python3-venv:/usr/lib/python3*/ensurepip
 	python3 -m venv build/peers/venv
 	build/peers/venv/bin/pip install -q openvino-genai matplotlib
 	touch $@
 
 # llama.cpp's source.
 build/peers/$(LLAMA)/ready:
+	.ci/need python3-pip:pip3
 	mkdir -p build/peers
 	python3 -m pip download -q --no-deps --no-binary :all: -d build/peers llama-cpp-python==$(LLAMA:llama_cpp_python-%=%)
 	tar -xzf build/peers/$(LLAMA).tar.gz -C build/peers
@@ -373,9 +376,10 @@ test-openai: build/venv/openai
 	build/venv/bin/python tests/openai_client.py build/server $(MODEL)
 
 # Scores the server on HellaSwag with the LM evaluation harness, which is installed in build/venv.
-test-harness: build/venv/harness build/hellaswag
+test-harness: build/venv/harness
 	test -n "$(LLM_DATA)" || { echo "LLM_DATA is not set: it is the folder of hellaswag_val_full.txt or its .bz2 (see tests/harness.py)"; exit 1; }
-	$(MAKE) server $(DEFAULT)
+	.ci/need $(NEEDED_TO_BUILD)
+	$(MAKE) server build/hellaswag $(DEFAULT)
 	build/venv/bin/python tests/harness.py build/server build/hellaswag $(MODEL) $(firstword $(wildcard $(LLM_DATA)/hellaswag_val_full.txt*))
 
 build/venv/harness: build/venv/ready
@@ -398,7 +402,7 @@ build/walkthrough/%: $(WALK)/%.c $(WALK)/walkthrough.h build/llm.o
 
 # Runs all steps, writes their figures into the README and draws them. Step 7 needs mpicc; the pictures need Python and matplotlib.
 walkthrough:
-	.ci/need g++:g++ libopenmpi-dev:mpicc openmpi-bin:mpirun python3-venv:/usr/lib/python3*/ensurepip || true
+	.ci/need $(NEEDED_TO_BUILD) libopenmpi-dev:mpicc openmpi-bin:mpirun python3-venv:/usr/lib/python3*/ensurepip || true
 	$(MAKE) build/llm.o build/hellaswag build/walkthrough/venv/ready $(DEFAULT)
 	$(MAKE) walkthrough-programs
 	$(WALK)/run.sh $(MODEL) build/walkthrough/out

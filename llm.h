@@ -10940,6 +10940,7 @@ static inline llm_token llm__enc_expand(llm_token *ids, llm_token count) {
 static llm_token llm__enc_shrink(llm_token *ids, llm_token count) {
     uint16_t small[2 * LLM__KNOWN_IDS] = {0};
     llm_token k = LLM__KNOWN_IDS;
+    for (llm_token i = count; i < LLM__KNOWN_IDS; i++) ids[i] = 0; /* a line holds them, too */
     while (k < count && ids[k] == ids[LLM__KNOWN_IDS - 1]) k++;
     if (k >= count) return count;
     if (count > LLM__KNOWN_SMALL_IDS) return 0;
@@ -31299,9 +31300,7 @@ LLM__INLINE float LLM__FN(flush)(float x) {
     return (llm__f32_bits(x) & 0x7F800000) ? x : llm__f32_from_bits(llm__f32_bits(x) & 0x80000000);
 }
 LLM__INLINE V v_load(const float *p) { LLM__LANES(p[i]); }
-LLM__INLINE void v_store(float *p, V a) {
-    for (int i = 0; i < 16; i++) p[i] = a.f[i];
-}
+LLM__INLINE void v_store(float *p, V a) { memcpy(p, a.f, sizeof a.f); }
 LLM__INLINE V v_splat(float x) { LLM__LANES(x); }
 LLM__INLINE V v_add(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] + b.f[i])); }
 LLM__INLINE V v_sub(V a, V b) { LLM__LANES(LLM__FN(flush)(a.f[i] - b.f[i])); }

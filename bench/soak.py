@@ -3,7 +3,7 @@
 
     build/server -m MODEL -p 8080 --ctx 512 --cache 1024 & bench/soak.py http://127.0.0.1:8080 --pid $!
 
-The server keeps prefixes of prompts until its cache is full. With a small cache it does not use more and more memory.
+The server keeps prefixes of prompts until its cache is full, so its memory grows at first. With a small cache this ends soon.
 
 Sends chats and texts, whole and streamed, with stops, seeds, log-probabilities, schemas, echo, several prompts and tools;
 requests that must be refused (no JSON, wrong values, wrong addresses, large bodies); and clients that hang up during the

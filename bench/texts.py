@@ -76,6 +76,8 @@ NAMES = list(PARTS)
 def text_of(name, n_bytes, fill):
     """Returns at most n_bytes of a text. With `fill` a shorter text is repeated, in another order of its parts."""
     parts = PARTS[name](vocabularies.TOP / "build/texts")
+    if not any(parts):
+        sys.exit(f"There is no text for {name}. `make build/texts/ready` downloads texts.")
     rng, data = random.Random(1), b""
     while len(data) < n_bytes and (fill or not data):
         if name != "HellaSwag" or data:

@@ -3,12 +3,17 @@
 #ifndef ARRAYS_H
 #define ARRAYS_H
 
-#include <error.h>
+#include <stdio.h>
 #include <stdlib.h>
+
+static inline void out_of_memory(void) {
+    fputs("out of memory\n", stderr);
+    exit(EXIT_FAILURE);
+}
 
 static inline void *resize(void *memory, size_t size) {
     memory = realloc(memory, size);
-    if (!memory) error(EXIT_FAILURE, 0, "out of memory");
+    if (!memory) out_of_memory();
     return memory;
 }
 

@@ -633,7 +633,7 @@ static char *next_line(repl *r) {
 /* ---- Chat ---------------------------------------------------------------------------------------------------- */
 
 static const char help[] = "/reset        forget the conversation\n"
-                           "/tool RESULT  what a tool returned that the model has called\n"
+                           "/tool RESULT  give the model the result of a tool that it has called\n"
                            "/stats        figures of the last answer\n"
                            "/help         this\n"
                            "/quit         end; Ctrl-D does too\n"

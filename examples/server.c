@@ -239,7 +239,7 @@ static void suspend(request *r) {
 /* Returns a value as text. 15 digits are what a double surely keeps of a decimal number. */
 static char *write_json(const json_t *value) {
     char *text = value ? json_dumps(value, JSON_COMPACT | JSON_REAL_PRECISION(15)) : NULL;
-    if (!text) error(EXIT_FAILURE, 0, "out of memory");
+    if (!text) out_of_memory();
     return text;
 }
 
@@ -1072,7 +1072,7 @@ static bool has_value(const char *text, const json_t *value) {
     json_t *list = json_loads(text, 0, NULL), *one;
     bool found = false;
     size_t i;
-    if (!list) error(EXIT_FAILURE, 0, "out of memory");
+    if (!list) out_of_memory();
     json_array_foreach(list, i, one) {
         bool numbers = json_is_number(one) && json_is_number(value);
         found = found || (numbers ? json_number_value(one) == json_number_value(value) : json_equal(one, value));

@@ -52,7 +52,7 @@ static void print_ids(const llm_token *ids, int64_t n) {
 
 static void print_string(const char *text, size_t n_bytes) {
     json_t *string = json_stringn_nocheck(text, n_bytes);
-    if (!string) error(EXIT_FAILURE, 0, "out of memory");
+    if (!string) out_of_memory();
     json_dumpf(string, stdout, JSON_ENCODE_ANY);
     json_decref(string);
     printf("\n");
