@@ -1244,7 +1244,7 @@ LLM_API llm_status llm_grammar_from_regex(llm_grammar **out, const llm_tokenizer
                                           const llm_host *host, llm_error *err);
 
 /* A grammar in llama.cpp's GBNF; the answer must match its rule `root`. Left recursion is allowed. Tokens, as in <[1]>,
-   are not supported. */
+   are not supported, nor are more than 10 repetitions one after another, as in "a"{2}+. */
 LLM_API llm_status llm_grammar_from_gbnf(llm_grammar **out, const llm_tokenizer *tokenizer, const char *grammar,
                                          const llm_host *host, llm_error *err);
 
@@ -6323,8 +6323,8 @@ typedef struct llm__jinja_value {
         struct llm__jinja_loop *loop;
         struct {
             const struct llm__jinja_node *node;
-            /* *scope is what the body sees beside the arguments; NULL after the end of a call block. NULL: a macro
-               outside of loops and macros, which sees the outermost scope. */
+            /* *scope is what the body sees beside the arguments; it is NULL after the end of a call block. If `scope`
+               itself is NULL, this is a macro outside of loops and macros, which sees the outermost scope. */
             struct llm__jinja_scope **scope;
         } macro;
         llm__str name; /* LLM__J_UNDEFINED: the name that is undefined, for messages; LLM__J_METHOD */
@@ -7273,6 +7273,8 @@ static void llm__jinja_macro(llm__jinja_parser *p, llm__jinja_node *node) {
     const llm__jinja_node *own = NULL; /* a parameter with the name `caller` */
     const char *end = is_call ? "endcall" : "endmacro";
     if (!is_call) node->name = llm__jinja_target(p);
+    const unsigned outside = p->own;
+    if (!is_call) p->own &= ~3u; /* inside, the names varargs and kwargs mean others than those outside */
     if (!is_call || llm__jinja_is(p, "(")) {
         llm__jinja_expect(p, "(");
         while (!llm__jinja_take(p, ")")) {
@@ -7298,6 +7300,7 @@ static void llm__jinja_macro(llm__jinja_parser *p, llm__jinja_node *node) {
     p->macros++;
     node->body = llm__jinja_statements(p, end);
     p->macros--;
+    p->own = outside;
     if (p->caller > 0 && own && !own->a) llm__jinja_fail(p, "the parameter 'caller' needs a default");
     node->op = p->caller > 0 && !own;
     p->loops = loops;
@@ -7959,7 +7962,7 @@ static llm__jinja_value llm__jinja_words(llm__jinja_run *r, const llm__jinja_val
     llm__jinja_value *rest = &list.u.list->items[from_right ? n - 1 - n_cuts : n_cuts];
     size_t from = (size_t)(rest->u.s.at - s->u.s.at); /* the words that are not cut become one item */
     *rest = llm__jinja_part(s, from_right ? 0 : from, from_right ? from + rest->u.s.n : s->u.s.n);
-    if (from_right) list.u.list->items = rest;
+    if (from_right) memmove(list.u.list->items, rest, (n_cuts + 1) * sizeof *rest);
     list.u.list->n = n_cuts + 1;
     return list;
 }
@@ -8200,6 +8203,7 @@ static void llm__jinja_put_json(llm__jinja_run *r, llm__jinja_buffer *b, const l
         llm__jinja_put_text(r, b, "]");
         return;
     case LLM__J_DICT: {
+        if (v->is_namespace) llm__jinja_type_error(r, "tojson", v);
         size_t *order = (size_t *)llm__jinja_alloc(r, n + 1, sizeof *order);
         for (size_t i = 0; i < n; i++) order[i] = i;
         if (l->sorted) llm__jinja_sort_keys(r, v->u.dict, order);
@@ -8958,7 +8962,7 @@ static llm__jinja_value llm__jinja_sort(llm__jinja_run *r, const llm__jinja_list
 
 /* Reads Python's int(text, base): a sign, a prefix such as 0x, and digits with single underscores between them. */
 static bool llm__jinja_read_int(llm__jinja_run *r, const char *p, const char *end, int64_t base, int64_t *value) {
-    bool minus = p < end && *p == '-', after_digit = false, zero = true;
+    bool minus = p < end && *p == '-', after_digit = false, zero = true, large = false;
     p += p < end && (*p == '-' || *p == '+');
     char x = end - p > 2 && *p == '0' ? (char)(p[1] | 32) : 0;
     int64_t prefix = x == 'x' ? 16 : x == 'o' ? 8 : x == 'b' ? 2 : 0;
@@ -8978,11 +8982,12 @@ static bool llm__jinja_read_int(llm__jinja_run *r, const char *p, const char *en
         after_digit = *p != '_';
         if (!after_digit) continue;
         zero = zero && !digit;
-        if (__builtin_mul_overflow(*value, base, value) ||
-            __builtin_add_overflow(*value, (int64_t)(minus ? -digit : digit), value))
-            llm__jinja_error(r, "an integer is too large");
+        large = large || __builtin_mul_overflow(*value, base, value) ||
+                __builtin_add_overflow(*value, (int64_t)(minus ? -digit : digit), value);
     }
-    return zero || !only_zeros;
+    if (!zero && only_zeros) return false;
+    if (large) llm__jinja_error(r, "an integer is too large");
+    return true;
 }
 
 /* Copies digits, without single underscores between them, to *to. Returns where they end. */
@@ -9484,6 +9489,18 @@ static llm__jinja_value llm__jinja_repeat(llm__jinja_run *r, const llm__jinja_va
     return v->type == LLM__J_STR ? llm__jinja_finish_like(&b, v) : list;
 }
 
+/* Python's x // y, and in *rest x % y, of floats. */
+static double llm__jinja_divide(double x, double y, double *rest) {
+    double part = fmod(x, y), times = (x - part) / y;
+    if (part != 0 && (part < 0) != (y < 0)) {
+        part += y;
+        times -= 1;
+    }
+    *rest = part != 0 ? part : copysign(0.0, y);
+    if (times == 0) return copysign(0.0, x / y);
+    return times - floor(times) > 0.5 ? floor(times) + 1 : floor(times);
+}
+
 static llm__jinja_value llm__jinja_arithmetic(llm__jinja_run *r, int op, const llm__jinja_value *a,
                                               const llm__jinja_value *b) {
     if (op == '+' && a->type == LLM__J_STR && b->type == LLM__J_STR) {
@@ -9495,7 +9512,8 @@ static llm__jinja_value llm__jinja_arithmetic(llm__jinja_run *r, int op, const l
         v.is_markup = markup;
         return v;
     }
-    if (op == '+' && a->type == LLM__J_LIST && b->type == LLM__J_LIST && a->is_tuple == b->is_tuple) {
+    bool lists[2] = {a->type == LLM__J_LIST && !a->is_lazy, b->type == LLM__J_LIST && !b->is_lazy};
+    if (op == '+' && lists[0] && lists[1] && a->is_tuple == b->is_tuple) {
         llm__jinja_value list = llm__jinja_new_list(r);
         list.is_tuple = a->is_tuple;
         for (size_t i = 0; i < a->u.list->n; i++) llm__jinja_add(r, list.u.list, a->u.list->items[i]);
@@ -9503,10 +9521,8 @@ static llm__jinja_value llm__jinja_arithmetic(llm__jinja_run *r, int op, const l
         return list;
     }
     bool counts[2] = {a->type == LLM__J_INT || a->type == LLM__J_BOOL, b->type == LLM__J_INT || b->type == LLM__J_BOOL};
-    if (op == '*' && counts[1] && (a->type == LLM__J_STR || a->type == LLM__J_LIST))
-        return llm__jinja_repeat(r, a, b->u.i);
-    if (op == '*' && counts[0] && (b->type == LLM__J_STR || b->type == LLM__J_LIST))
-        return llm__jinja_repeat(r, b, a->u.i);
+    if (op == '*' && counts[1] && (a->type == LLM__J_STR || lists[0])) return llm__jinja_repeat(r, a, b->u.i);
+    if (op == '*' && counts[0] && (b->type == LLM__J_STR || lists[1])) return llm__jinja_repeat(r, b, a->u.i);
     if (!llm__jinja_is_number(a)) llm__jinja_type_error(r, "arithmetic", a);
     if (!llm__jinja_is_number(b)) llm__jinja_type_error(r, "arithmetic", b);
     double x = llm__jinja_as_double(a), y = llm__jinja_as_double(b);
@@ -9515,13 +9531,15 @@ static llm__jinja_value llm__jinja_arithmetic(llm__jinja_run *r, int op, const l
         llm__jinja_error(r, "an integer is too large");
     if ((op == '/' || op == 'f' || op == '%') && y == 0) llm__jinja_error(r, "division by zero");
     if (!whole || op == '/') {
+        double rest = 0;
+        if (op == '%' || op == 'f') llm__jinja_step(r, 10); /* fmod takes long if x / y is large */
         switch (op) {
         case '+': return llm__jinja_float(x + y);
         case '-': return llm__jinja_float(x - y);
         case '*': return llm__jinja_float(x * y);
         case '/': return llm__jinja_float(x / y);
-        case 'f': return llm__jinja_float(floor(x / y));
-        case '%': return llm__jinja_float(x - y * floor(x / y));
+        case 'f': return llm__jinja_float(llm__jinja_divide(x, y, &rest));
+        case '%': llm__jinja_divide(x, y, &rest); return llm__jinja_float(rest);
         default: return llm__jinja_float(pow(x, y));
         }
     }
@@ -22061,6 +22079,7 @@ enum {
     LLM__GRAM_MOST_NODES = 1 << 20, /* nodes of its automaton */
     LLM__GRAM_MOST_COUNT = 1 << 20, /* of a counted repetition */
     LLM__GRAM_MOST_DEPTH = 100,     /* of groups inside groups */
+    LLM__GRAM_MOST_REPEATS = 10,    /* repetitions one after another, as in "a"{2}+ */
     LLM__GRAM_MOST_URI = 4000,      /* bytes of an $id or $ref and of the $id around it */
     LLM__GRAM_MOST_KEY = 200,       /* characters of a property's name beside others that are not named */
     LLM__GRAM_MOST_ITEMS = 1 << 14, /* items of a state */
@@ -22395,8 +22414,8 @@ static uint32_t llm__gram_compile_repeat(llm__gram_builder *b, const llm__gram_e
     return llm__gram_node_of(b, LLM__GRAM_COUNT, next, (uint32_t)b->n_repeats++);
 }
 
-/* The node at which the expression begins, if `next` is what comes after it. Expressions are as deep as the groups of
-   their text, which the parsers limit. */
+/* The node at which the expression begins, if `next` is what comes after it. Expressions are as deep as the groups and
+   repetitions of their text, which the parsers limit. */
 static uint32_t llm__gram_compile(llm__gram_builder *b, uint32_t expr, uint32_t next) {
     const llm__gram_expr e = b->exprs[expr];
     uint32_t node = LLM__GRAM_NONE;
@@ -24196,7 +24215,9 @@ static uint32_t llm__gram_gbnf_alternatives(llm__gram_reader *r, llm__gram_table
         uint32_t seq = llm__gram_new(r->b, LLM__GRAM_SEQ, 0, 0);
         while ((atom = llm__gram_gbnf_atom(r, names)) != 0) {
             llm__gram_skip_blanks(r, r->depth > 0);
-            while (llm__gram_take_quantifier(r, true, &min, &max)) {
+            for (int n = 0; llm__gram_take_quantifier(r, true, &min, &max); n++) {
+                if (n == LLM__GRAM_MOST_REPEATS)
+                    llm__gram_fail(r, "more than %d repetitions one after another", LLM__GRAM_MOST_REPEATS);
                 atom = llm__gram_repeat_of(r->b, atom, min, max);
                 llm__gram_skip_blanks(r, r->depth > 0);
             }

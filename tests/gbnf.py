@@ -38,7 +38,7 @@ LOADED = {
     "[^x]*){0,99}": "llama.cpp's limit is 2000 repetitions",
 }
 
-PART = re.compile(r'R"""\((?P<raw>.*?)\)"""|"(?P<text>(?:[^"\\]|\\.)*)"|//[^\n]*|(?P<brace>[{}])|(?P<token>\btoken\()', re.S)
+PART = re.compile(r'R"""\((?P<raw>.*?)\)"""|"(?P<text>(?:[^"\\]|\\.)*)"|//[^\n]*|(?P<brace>[{}])', re.S)
 
 
 def parts(text):
@@ -111,7 +111,7 @@ def main(library, source):
     for call in calls(text, "test_grammar"):
         found = list(parts(call))
         name, grammar = found[0][1], found[1][1]
-        lists, depth = [], 0
+        lists = []
         for kind, value in found[2:]:
             if kind == "{":
                 lists.append([])

@@ -134,6 +134,8 @@ static void test_problem(void **state) {
         {"{% macro m() %}{{ varargs }}{% endmacro %}", "jinja2's variable varargs is not supported"},
         {"{% macro m() %}{{ kwargs.a }}{% endmacro %}", "jinja2's variable kwargs is not supported"},
         {"{% call m() %}{{ kwargs }}{% endcall %}", "jinja2's variable kwargs is not supported"},
+        {"{% set kwargs = 1 %}{% macro m() %}{{ kwargs }}{% endmacro %}", "jinja2's variable kwargs is not supported"},
+        {"{% macro m(self) %}{% endmacro %}{{ self }}", "jinja2's variable self is not supported"},
         {"{{ m(a=1, 2) }}", "a positional argument after a named one"},
         {"{{ m(0,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5,6) }}", "more than 16 arguments"},
         {"{% filter a|d|d|d|d|d|d|d|d|d|d|d|d|d|d|d|d %}{% endfilter %}", "the filter a is not supported"},

@@ -649,6 +649,8 @@ static void test_bad(void **state) {
     assert_refused(llm_grammar_from_gbnf, "x ::= \"a\"", LLM_ERROR_FORMAT, "root");
     assert_refused(llm_grammar_from_gbnf, "root ::= \"a", LLM_ERROR_FORMAT, "");
     assert_refused(llm_grammar_from_gbnf, "root ::= root", LLM_ERROR_ARGUMENT, "");
+    assert_refused(llm_grammar_from_gbnf, "root ::= \"a\"* + ? {1} * + ? {1} * + ?", LLM_ERROR_FORMAT,
+                   "more than 10 repetitions");
     assert_refused(llm_grammar_from_json_schema, "{\"type\":", LLM_ERROR_FORMAT, "");
     assert_refused(llm_grammar_from_json_schema, "{\"type\":\"colour\"}", LLM_ERROR_UNSUPPORTED, "type");
     assert_refused(llm_grammar_from_json_schema, "{\"not\":{}}", LLM_ERROR_ARGUMENT, "");
