@@ -6899,9 +6899,10 @@ static bool llm__jinja_is_string(const llm__jinja_node *node) {
     return node && node->kind == LLM__J_CONST && node->value.type == LLM__J_STR;
 }
 
-/* The string in a node. */
-static llm__str llm__jinja_string_of(const llm__jinja_node *node) {
-    llm__str s = {node->value.u.s.at, node->value.u.s.n};
+static llm__str llm__jinja_str(const llm__jinja_value *v) {
+    llm__str s;
+    s.at = v->u.s.at;
+    s.n = v->u.s.n;
     return s;
 }
 
@@ -6912,7 +6913,7 @@ static void llm__jinja_check_inner(llm__jinja_parser *p, const llm__jinja_node *
     bool tests = by_attribute || filter->op == LLM__JF_select || filter->op == LLM__JF_reject;
     if (name && by_attribute) name = name->next;
     if (!llm__jinja_is_string(name) || (!tests && filter->op != LLM__JF_map)) return;
-    llm__str s = llm__jinja_string_of(name);
+    llm__str s = llm__jinja_str(&name->value);
     if ((tests ? llm__jinja_find_test(s) : llm__jinja_find(llm__jinja_filters, s)) < 0)
         llm__jinja_fail(p, "the %s %.*s is not supported", tests ? "test" : "filter", LLM__SHOW(s));
 }
@@ -6963,11 +6964,11 @@ static llm__str llm__jinja_bad_field(llm__str format) {
 static void llm__jinja_check_format(llm__jinja_parser *p, const llm__jinja_node *call) {
     const llm__jinja_node *f = call->a;
     if (f->kind == LLM__J_ATTRIBUTE && call->op == LLM__JM_format && llm__jinja_is_string(f->a)) {
-        llm__str bad = llm__jinja_bad_field(llm__jinja_string_of(f->a));
+        llm__str bad = llm__jinja_bad_field(llm__jinja_str(&f->a->value));
         if (bad.n) llm__jinja_fail(p, "format does not support %.*s", LLM__SHOW(bad));
     }
     if (f->kind == LLM__J_NAME && llm__str_is(f->name, "strftime_now") && llm__jinja_is_string(call->args)) {
-        llm__str bad = llm__jinja_bad_directive(llm__jinja_string_of(call->args));
+        llm__str bad = llm__jinja_bad_directive(llm__jinja_str(&call->args->value));
         if (bad.n) llm__jinja_fail(p, "strftime_now does not support \"%.*s\"", LLM__SHOW(bad));
     }
 }
@@ -7534,13 +7535,6 @@ static llm__jinja_value llm__jinja_text(const char *text, size_t n) {
     v.u.s.at = text;
     v.u.s.n = n;
     return v;
-}
-
-static llm__str llm__jinja_str(const llm__jinja_value *v) {
-    llm__str s;
-    s.at = v->u.s.at;
-    s.n = v->u.s.n;
-    return s;
 }
 
 static void llm__jinja_put(llm__jinja_run *r, llm__jinja_buffer *b, const char *text, size_t n, const uint8_t *host) {
@@ -9107,6 +9101,34 @@ static llm__jinja_value llm__jinja_indent(llm__jinja_run *r, const llm__jinja_va
     return llm__jinja_finish_like(&b, s);
 }
 
+static llm__jinja_value llm__jinja_round(llm__jinja_run *r, const llm__jinja_value *v, llm__jinja_args *a) {
+    enum { MOST = 300, DIGITS = 2 * MOST + 40 };
+    int64_t precision = llm__jinja_int_arg(r, a, 0, "precision", 0);
+    const llm__jinja_value *method = llm__jinja_str_arg(r, a, 1, "method");
+    const llm__str common = {"common", 6}, name = method ? llm__jinja_str(method) : common;
+    bool up = llm__str_is(name, "ceil"), down = llm__str_is(name, "floor"), whole = v->type != LLM__J_FLOAT;
+    if (!llm__jinja_is_number(v)) llm__jinja_type_error(r, "round", v);
+    if (!up && !down && !llm__str_is(name, "common")) llm__jinja_error(r, "round is common, ceil or floor");
+    if (precision < -MOST || precision > MOST) llm__jinja_error(r, "round takes a precision from -300 to 300");
+    llm__jinja_bytes(r, DIGITS);
+    double d = llm__jinja_as_double(v);
+    if (up || down) {
+        double power = pow(10, (double)precision);
+        return llm__jinja_float((up ? ceil(d * power) : floor(d * power)) / power);
+    }
+    if (precision < 0) {
+        double power = pow(10, (double)-precision);
+        d = nearbyint(d / power) * power;
+        if (whole && fabs(d) > 9e15) llm__jinja_error(r, "an integer is too large");
+        return whole ? llm__jinja_int((int64_t)d) : llm__jinja_float(d);
+    }
+    if (whole) return llm__jinja_int(v->u.i);
+    if (v->u.large.digits.n) return *v;
+    char digits[DIGITS]; /* those of a float are exact, so that 1.115 becomes 1.11 as in Python */
+    snprintf(digits, sizeof digits, "%.*f", (int)precision, d);
+    return llm__jinja_float(strtod(digits, NULL));
+}
+
 /* Python's len(). */
 static int64_t llm__jinja_size(llm__jinja_run *r, const llm__jinja_value *v) {
     if (v->type == LLM__J_LIST && (!v->is_lazy || v->u.list->view)) return (int64_t)v->u.list->n;
@@ -9316,34 +9338,7 @@ static llm__jinja_value llm__jinja_run_filter(llm__jinja_run *r, int number, con
         s = v->type == LLM__J_FLOAT ? llm__jinja_float(fabs(v->u.f))
                                     : llm__jinja_int(v->u.i < 0 && v->u.i > INT64_MIN ? -v->u.i : v->u.i);
         break;
-    case LLM__JF_round: {
-        int64_t precision = llm__jinja_int_arg(r, a, 0, "precision", 0);
-        x = llm__jinja_str_arg(r, a, 1, "method");
-        bool up = x && llm__str_is(llm__jinja_str(x), "ceil"), down = x && llm__str_is(llm__jinja_str(x), "floor");
-        if (!llm__jinja_is_number(v)) llm__jinja_type_error(r, "round", v);
-        if (x && !up && !down && !llm__str_is(llm__jinja_str(x), "common"))
-            llm__jinja_error(r, "round is common, ceil or floor");
-        if (precision < -300 || precision > 300) llm__jinja_error(r, "round takes a precision from -300 to 300");
-        llm__jinja_bytes(r, 640);
-        double power = pow(10, (double)precision), d = llm__jinja_as_double(v);
-        char text[640];
-        if (up || down) {
-            s = llm__jinja_float((up ? ceil(d * power) : floor(d * power)) / power);
-        } else if (precision < 0) {
-            power = pow(10, (double)-precision);
-            d = nearbyint(d / power) * power;
-            if (v->type != LLM__J_FLOAT && fabs(d) > 9e15) llm__jinja_error(r, "an integer is too large");
-            s = v->type == LLM__J_FLOAT ? llm__jinja_float(d) : llm__jinja_int((int64_t)d);
-        } else if (v->type != LLM__J_FLOAT) {
-            s = llm__jinja_int(v->u.i);
-        } else if (v->u.large.digits.n) {
-            s = *v;
-        } else { /* the decimal digits of a float are exact, so that 1.115 becomes 1.11 as in Python */
-            snprintf(text, sizeof text, "%.*f", (int)precision, d);
-            s = llm__jinja_float(strtod(text, NULL));
-        }
-        break;
-    }
+    case LLM__JF_round: s = llm__jinja_round(r, v, a); break;
     case LLM__JF_sum: {
         const llm__jinja_list *items = llm__jinja_iterate(r, v);
         x = llm__jinja_arg(a, 0, "attribute");
@@ -10355,8 +10350,8 @@ static int llm__bpe_join_kind(int n_left, int n_right) { return 3 * n_left + n_r
 /* [n] the kinds (bits) of pieces that have at most n bytes before the place, or after it. n = 3: any number. */
 static const uint16_t llm__bpe_few_left[4] = {0, 0x007, 0x03F, 0x1FF}, llm__bpe_few_right[4] = {0, 0x049, 0x0DB, 0x1FF};
 
-/* Does a piece of one of these kinds cross p? Two characters that are not ASCII meet there, in a word from `begin` to
-   `end`. */
+/* True if a piece of one of these kinds crosses p, a place between two characters that are not ASCII. The word is from
+   `begin` to `end`. */
 static bool llm__bpe_joins(const llm_tokenizer *t, const uint8_t *begin, const uint8_t *p, const uint8_t *end,
                            unsigned kinds) {
     const size_t n_left = (size_t)(p - begin), n_right = (size_t)(end - p);
@@ -11043,8 +11038,9 @@ static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *en
 static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w, bool is_part) {
     llm_token ids[LLM__KNOWN_LENGTH]; /* a byte makes at most one token */
     llm_token count = llm__enc_lookup(w, ids);
+    const bool is_new = !count;
     bool unknown = false;
-    if (!count) {
+    if (is_new) {
         llm__enc_job alone = *job;
         alone.ids = ids;
         alone.capacity = LLM__KNOWN_LENGTH;
@@ -11053,12 +11049,9 @@ static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w, bool i
         if (is_part) llm__enc_part(&alone, w->p, w->n, &unknown);
         else llm__enc_word(&alone, w->p, w->p + w->n);
         count = (llm_token)alone.count;
-        for (llm_token k = 0; k < count; k++) llm__enc_emit(job, ids[k]);
-        count = llm__enc_shrink(ids, count);
-        if (count) llm__enc_keep(w, ids, count);
-        return;
     }
     for (llm_token k = 0; k < count; k++) llm__enc_emit(job, ids[k]);
+    if (is_new && (count = llm__enc_shrink(ids, count)) != 0) llm__enc_keep(w, ids, count);
 }
 
 /* Words that are encoded together: first all are found, then all are looked up, then their tokens are stored. So the
@@ -11088,7 +11081,7 @@ static void llm__enc_close_gaps(llm__enc_job *job, const llm__enc_gap *gaps, int
 }
 
 /* Stores the tokens of the words from the i-th on, as long as they are looked up and fit. Returns the number of words.
-   New words leave gaps, and are encoded when all are found. So the vocabulary's entries for them are there by then. */
+   New words leave gaps. They are encoded at the end, when the vocabulary's entries for them have been prefetched. */
 static int llm__enc_store(llm__enc_job *job, const llm__enc_batch *batch, int i) {
     enum { MOST_GAPS = 16 };
     llm__enc_gap gaps[MOST_GAPS];
@@ -23842,6 +23835,14 @@ static void llm__gram_skip_blanks(llm__gram_reader *r, bool lines) {
     }
 }
 
+/* Reads a bound of {m,n}. Without a number it is LLM__GRAM_ENDLESS. */
+static uint32_t llm__gram_take_bound(llm__gram_reader *r, bool blanks) {
+    if (blanks) llm__gram_skip_blanks(r, r->depth > 0);
+    uint32_t count = llm__gram_peek(r) == '}' ? LLM__GRAM_ENDLESS : llm__gram_take_count(r);
+    if (blanks) llm__gram_skip_blanks(r, r->depth > 0);
+    return count;
+}
+
 /* Reads *, +, ? or {m,n}, if there is one. `blanks`: GBNF's blanks may be in the braces. */
 static bool llm__gram_take_quantifier(llm__gram_reader *r, bool blanks, uint32_t *min, uint32_t *max) {
     *min = 0;
@@ -23856,14 +23857,9 @@ static bool llm__gram_take_quantifier(llm__gram_reader *r, bool blanks, uint32_t
         return true;
     }
     if (!llm__gram_take(r, '{')) return false;
-    if (blanks) llm__gram_skip_blanks(r, r->depth > 0);
-    *min = *max = llm__gram_take_count(r);
-    if (blanks) llm__gram_skip_blanks(r, r->depth > 0);
-    if (llm__gram_take(r, ',')) {
-        if (blanks) llm__gram_skip_blanks(r, r->depth > 0);
-        *max = llm__gram_peek(r) == '}' ? LLM__GRAM_ENDLESS : llm__gram_take_count(r);
-        if (blanks) llm__gram_skip_blanks(r, r->depth > 0);
-    }
+    *min = *max = llm__gram_take_bound(r, blanks);
+    if (llm__gram_take(r, ',')) *max = llm__gram_take_bound(r, blanks);
+    if (*min == LLM__GRAM_ENDLESS) llm__gram_fail(r, "a number is expected");
     if (!llm__gram_take(r, '}')) llm__gram_fail(r, "a } is expected");
     if (*max < *min) llm__gram_fail(r, "the maximum is below the minimum");
     return true;
@@ -28997,8 +28993,8 @@ typedef struct llm__gen_turns {
     llm__gen_message *messages; /* [n_messages] */
     llm_message *left;          /* [n_messages] what is left; NULL with messages_json: */
     char *left_json;
-    int n_kept; /* the first n_kept messages stay; what follows them may begin at one of these: */
-    int *cuts;  /* [n_cuts, at most n_messages] */
+    int n_kept; /* messages at the beginning that always stay */
+    int *cuts;  /* [n_cuts] the messages that may be the next one; at most n_messages */
     int n_cuts;
 } llm__gen_turns;
 
@@ -31461,14 +31457,14 @@ LLM__INLINE float v_hmax(V a) {
 #define LLM__MOST_ROWS 8
 #define LLM__ROWS_2_4 4
 #define LLM__TILES_2_4 2
-#define LLM__UNPACK_2_4 5
+#define LLM__UNPACK_2_4(kind) ((kind) == LLM__W_INT8_2_4 ? 6 : 9)
 #define LLM__GROUP_ROWS 4
 #define LLM__GROUP_TILES 2
 #elif defined(LLM__USE_AVX2)
 #define LLM__MOST_ROWS 4
 #define LLM__ROWS_2_4 2
 #define LLM__TILES_2_4 1
-#define LLM__UNPACK_2_4 9
+#define LLM__UNPACK_2_4(kind) 9
 #define LLM__STRIP_ROWS 6
 #define LLM__GROUP_ROWS 4
 #define LLM__GROUP_TILES 1
@@ -31476,7 +31472,7 @@ LLM__INLINE float v_hmax(V a) {
 #define LLM__MOST_ROWS 2
 #define LLM__ROWS_2_4 2
 #define LLM__TILES_2_4 1
-#define LLM__UNPACK_2_4 5
+#define LLM__UNPACK_2_4(kind) 5
 #define LLM__STRIP_ROWS 6
 #define LLM__GROUP_ROWS 4
 #define LLM__GROUP_TILES 1
@@ -31484,7 +31480,7 @@ LLM__INLINE float v_hmax(V a) {
 #define LLM__MOST_ROWS 1
 #define LLM__ROWS_2_4 1
 #define LLM__TILES_2_4 1
-#define LLM__UNPACK_2_4 5
+#define LLM__UNPACK_2_4(kind) 5
 #define LLM__GROUP_ROWS 1
 #define LLM__GROUP_TILES 1
 #endif
@@ -32105,7 +32101,7 @@ LLM__TARGET static void LLM__FN(group_product)(const llm__kernel_product *p) {
     enum { T = LLM__GROUP_TILES };
     uint8_t wide[T][(int)LLM__GROUPS * LLM__FN(wide_bytes)] __attribute__((aligned(64)));
     const size_t bytes = llm__matrix_tile_bytes(p->kind, p->k);
-    /* With few rows the memory must not wait for the products. */
+    /* With few rows, reading takes longest. While groups are multiplied, none are prefetched, so they are few. */
     const int n_groups = p->k / 32, most = p->n_rows > 32 ? LLM__GROUPS : LLM__GROUPS / 4;
     for (int t = 0; t < p->n_tiles && p->n_rows == 1; t++)
         LLM__FN(row_product)(p->kind, p->groups, p->tiles + (size_t)t * bytes, n_groups, p->y + 16 * t);
@@ -32594,7 +32590,7 @@ LLM__TARGET static void LLM__FN(many_rows_2_4)(llm__kernel_product p) {
 
 LLM__TARGET static void LLM__FN(product_2_4)(const llm__kernel_product *all) {
     llm__kernel_product p = *all;
-    if (p.n_rows < LLM__UNPACK_2_4 && LLM__SHARED(are_finite)(all)) {
+    if (p.n_rows < LLM__UNPACK_2_4(p.kind) && LLM__SHARED(are_finite)(all)) {
         if (p.kind == LLM__W_BF16_2_4) LLM__FN(few_rows_bf16_2_4)(p);
         else LLM__FN(few_rows_int8_2_4)(p);
         return;

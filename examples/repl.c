@@ -659,7 +659,7 @@ static int chat(repl *r) {
     if (!r->ranks.rank && isatty(STDIN_FILENO) && isatty(STDERR_FILENO)) open_editor(r);
     if (r->editor) greet(r);
     while ((line = next_line(r)) && !ferror(stdout)) {
-        if (!strncmp(line, "/tool ", 6)) failed |= answer(r, "tool", line + 6);
+        if (!strncmp(line, "/tool ", 6) && !r->opt.raw) failed |= answer(r, "tool", line + 6);
         else if (*line == '/') {
             if (!command(r, line)) break;
         } else if (*line) failed |= answer(r, "user", line);
