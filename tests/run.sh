@@ -25,7 +25,7 @@ count() {
 # Programs for other machines are emulated. setarch -R: the thread sanitizer fails if addresses are randomized too much.
 launch() {
     case $1 in
-    */test_cuda | */asan/test_amx) timeout -k 5 2400 "$1" ;;
+    */test_cuda) timeout -k 5 2400 "$1" ;;
     */windows/*) WINEPREFIX=$PWD/build/windows/wine WINEDEBUG=-all timeout -k 5 900 /usr/lib/wine/wine64 "$1" ;;
     */aarch64/*) LLM_TEST_EMULATED=1 timeout -k 5 900 qemu-aarch64-static "$1" ;;
     */tsan/*) setarch -R timeout -k 5 900 "$1" ;;

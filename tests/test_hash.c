@@ -4,7 +4,8 @@
    - With the scalar kernels, an emulator runs a third of the ways. Builds with other compilers (LLM_TEST_COMPILER) run
      one way per type, so that each way runs with some type.
    - Builds with other compilers run with one and two threads only.
-   - The thread sanitizer runs one way per type and number of threads; more than 2 threads with one instruction set.
+   - The sanitizers run one way per type and number of threads, and not with one thread. The thread sanitizer runs more
+     than two threads with one instruction set, the address sanitizer never.
    Variants: matrix cross tsan */
 #include "tests/check.h"
 #include "llm.h"
@@ -28,7 +29,7 @@ static bool goes(int way, int count) {
     return count == 0 ? way < WAYS_OF_ONE : count == 1 ? way >= WAYS_OF_ONE : way % 3 == count - 2;
 }
 
-/* The way that the thread sanitizer runs. It differs from type to type. */
+/* The way that the sanitizers run. It differs from type to type. */
 static int way_of(int type, int count) { return count == 1 ? 4 + type % 5 : count - 2 + 3 * ((type + 1) % 3); }
 
 static void check_tiny(int type, const char *isa) {
@@ -37,14 +38,14 @@ static void check_tiny(int type, const char *isa) {
     if (!model) skip(); /* this machine does not have the instruction set */
     const bool slow = !strcmp(isa, "scalar");
     const int step = !slow ? 1 : OTHER_COMPILER ? WAYS : emulated() ? 3 : 1;
-    for (int count = emulated() || THREAD_SANITIZED; count < (emulated() || OTHER_COMPILER || slow ? 2 : COUNTS);
-         count++) {
+    const bool few = emulated() || OTHER_COMPILER || slow || (SANITIZED && !THREAD_SANITIZED);
+    for (int count = emulated() || SANITIZED; count < (few ? 2 : COUNTS); count++) {
         int n_threads = THREADS[count];
         if (THREAD_SANITIZED && n_threads > 2 && strcmp(isa, "avx2")) break;
         llm_context *ctx = create(model, e->cache, n_threads, 0), *small = create(model, e->cache, n_threads, 37);
         for (int way = 0; way < WAYS; way++) {
             if (!goes(way, count) || way % step != type % step) continue;
-            if (!THREAD_SANITIZED || way == way_of(type, count)) assert_int_equal(go(way, ctx, small), e->tiny);
+            if (!SANITIZED || way == way_of(type, count)) assert_int_equal(go(way, ctx, small), e->tiny);
         }
         llm_context_free(ctx);
         llm_context_free(small);
