@@ -2,13 +2,14 @@
 """Measures the same work with build/bench, llama.cpp's llama-bench and OpenVINO GenAI, in alternating rounds: prefill of a
 prompt, and decode from an empty cache. Appends each measurement to RESULTS.csv; bench/peers/report.py draws that file.
 
-    cpu.py RESULTS.csv --model MODEL.Q4_1.gguf --llama-bench PATH [--prompt 512] [--new 128] [--threads 2] [--rounds 5]
-           [--weights bf16,q8_0,q4_1,q4_0]
+    cpu.py RESULTS.csv --model MODEL.Q4_1.gguf --llama-bench PATH [--ik-llama-bench PATH] [--prompt 512] [--new 128]
+           [--threads 2] [--rounds 5] [--weights bf16,q8_0,q4_1,q4_0] [--no-openvino]
 
-llama-quantize, which must be in the same folder as llama-bench, makes files of the other types from MODEL, in
-build/peers/models. All programs read the same file, with two exceptions: OpenVINO reads F16 instead of bf16 (it computes in
-bf16 if the processor can), and Q4_0 instead of Q4_1, which it cannot read. The prompts of llama-bench are random; those of
-OpenVINO begin differently each time. LLM_ISA=avx512 (or avx2) prevents llm.h from using the matrix unit.
+The type "model" is MODEL as it is. llama-quantize, which must be in the same folder as llama-bench, makes files of the other
+types from MODEL, in build/peers/models. All programs read the same file, with these exceptions: OpenVINO reads F16 instead of
+bf16 (it computes in bf16 if the processor can), Q4_0 instead of Q4_1, which it cannot read, and no Q5_K_M. ik_llama.cpp is
+measured twice: as it comes, and with weights that it repacks while loading (-rtr 1). The prompts of llama-bench are random;
+those of OpenVINO begin differently each time. LLM_ISA=avx512 (or avx2) prevents llm.h from using the matrix unit.
 """
 import argparse
 import csv
@@ -25,9 +26,9 @@ TOP = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = TOP / "build" / "peers"
 COLUMNS = ["date", "program", "version", "weights", "file", "isa", "threads", "prompt", "new", "round", "prefill_tok_s",
            "decode_tok_s", "bandwidth_gb_s", "gflop_s", "decode_mbu", "prefill_mfu", "load_s"]
-FILES = {"bf16": "BF16", "q8_0": "Q8_0", "q4_1": None, "q4_0": "Q4_0"}  # None: the model itself
-OURS = {"bf16": "bf16", "q8_0": "file", "q4_1": "file", "q4_0": "file"}
-OPENVINO = {"bf16": "F16", "q8_0": "Q8_0", "q4_1": "Q4_0", "q4_0": "Q4_0"}
+FILES = {"bf16": "BF16", "q8_0": "Q8_0", "q4_1": None, "q4_0": "Q4_0", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K",
+         "model": None}  # None: the model itself
+OPENVINO = {"bf16": "F16", "q8_0": "Q8_0", "q4_1": "Q4_0", "q4_0": "Q4_0", "q6_k": "Q6_K"}
 
 
 def machine():
@@ -62,18 +63,30 @@ def model_file(args, kind):
 
 def ours(args, weights):
     file = model_file(args, FILES[weights])
-    [got] = json.loads(run([TOP / "build" / "bench", "-m", file, "--dtype", OURS[weights], "-p", args.prompt, "-n", args.new,
+    [got] = json.loads(run([TOP / "build" / "bench", "-m", file, "--dtype", "bf16" if weights == "bf16" else "file", "-p", args.prompt, "-n", args.new,
                             "-t", args.threads, "-r", 1, "-o", "json"]))
     keep = ("isa", "prefill_tok_s", "decode_tok_s", "bandwidth_gb_s", "gflop_s", "decode_mbu", "prefill_mfu", "load_s")
     return {"program": "llm.h", "file": file.name} | {key: got[key] for key in keep}
 
 
-def llama(args, weights):
+def llama_bench(args, weights, program, binary, options=()):
     file = model_file(args, FILES[weights])
-    prefill, decode = json.loads(run([args.llama_bench, "-m", file, "-p", args.prompt, "-n", args.new, "-t", args.threads,
-                                      "-r", 1, "-o", "json"]))
-    return {"program": "llama.cpp", "version": prefill["build_commit"], "file": file.name,
+    prefill, decode = json.loads(run([binary, "-m", file, "-p", args.prompt, "-n", args.new, "-t", args.threads, "-r", 1,
+                                      "-o", "json", *options]))
+    return {"program": program, "version": prefill["build_commit"], "file": file.name,
             "prefill_tok_s": prefill["avg_ts"], "decode_tok_s": decode["avg_ts"]}
+
+
+def llama(args, weights):
+    return llama_bench(args, weights, "llama.cpp", args.llama_bench)
+
+
+def ik_llama(args, weights):
+    return llama_bench(args, weights, "ik_llama.cpp", args.ik_llama_bench)
+
+
+def ik_llama_repacked(args, weights):
+    return llama_bench(args, weights, "ik_llama.cpp repacked", args.ik_llama_bench, ["-rtr", 1])
 
 
 def openvino(args, weights):
@@ -100,20 +113,27 @@ def main():
     parser.add_argument("results", type=pathlib.Path)
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--llama-bench", type=pathlib.Path, required=True)
+    parser.add_argument("--ik-llama-bench", type=pathlib.Path, help="llama-bench of ik_llama.cpp")
+    parser.add_argument("--no-openvino", action="store_true")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--weights", default=",".join(FILES), help="some of " + ", ".join(FILES))
+    parser.add_argument("--weights", default="bf16,q8_0,q4_1,q4_0", help="some of " + ", ".join(FILES))
     args = parser.parse_args()
     kinds = args.weights.split(",")
     if not set(kinds) <= set(FILES):
         parser.error(f"--weights: '{args.weights}' is not a list of {', '.join(FILES)}")
+    programs = [ours, llama]
+    programs += [ik_llama, ik_llama_repacked] if args.ik_llama_bench else []
+    programs += [] if args.no_openvino else [openvino]
     file, writer = open_results(args.results)
     with file:
         for round_ in range(args.rounds):
             for weights in kinds:
-                for program in (ours, llama, openvino):
+                for program in programs:
+                    if program is openvino and weights not in OPENVINO:
+                        continue
                     row = program(args, weights)
                     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
                     row |= {"date": now, "weights": weights, "threads": args.threads, "prompt": args.prompt, "new": args.new,
@@ -121,7 +141,7 @@ def main():
                     writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value
                                      for key, value in row.items()})
                     file.flush()
-                    print(f"{row['program']:15} {weights:5} prefill {row['prefill_tok_s']:8.1f}  "
+                    print(f"{row['program']:21} {weights:6} prefill {row['prefill_tok_s']:8.1f}  "
                           f"decode {row['decode_tok_s']:7.1f} tok/s", flush=True)
 
 

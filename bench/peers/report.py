@@ -14,8 +14,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-NAMES = {"bf16": "bf16", "q8_0": "8 bits (Q8_0)", "q4_1": "4 bits (Q4_1)", "q4_0": "4 bits (Q4_0)"}
-COLOURS = {"llm.h": "#d1495b", "llama.cpp": "#30638e", "OpenVINO GenAI": "#8d99ae"}
+NAMES = {"bf16": "bf16", "q8_0": "8 bits (Q8_0)", "q6_k": "6 bits (Q6_K)", "q5_k_m": "5 bits (Q5_K_M)",
+         "q4_1": "4 bits (Q4_1)", "q4_0": "4 bits (Q4_0)", "model": "the file's own"}
+COLOURS = {"llm.h": "#d1495b", "llama.cpp": "#30638e", "ik_llama.cpp": "#4f9d69", "ik_llama.cpp repacked": "#a3c9a8",
+           "OpenVINO GenAI": "#8d99ae"}
 
 
 def read(path):
@@ -52,10 +54,13 @@ def table(medians):
 
 def bars(axes, medians, column, limit, title, limit_name):
     kinds = [weights for weights in NAMES if ("llm.h", weights) in medians[column]]
-    for i, (program, colour) in enumerate(COLOURS.items()):
-        at = [x + (i - 1) * 0.27 for x in range(len(kinds))]
-        heights = [medians[column].get((program, weights), 0) for weights in kinds]
-        drawn = axes.bar(at, heights, width=0.25, color=colour, label=program)
+    programs = [program for program in COLOURS if any((program, weights) in medians[column] for weights in kinds)]
+    step = 0.81 / len(programs)
+    for i, program in enumerate(programs):
+        drawn_kinds = [(x, weights) for x, weights in enumerate(kinds) if (program, weights) in medians[column]]
+        at = [x + (i - (len(programs) - 1) / 2) * step for x, _ in drawn_kinds]
+        heights = [medians[column][program, weights] for _, weights in drawn_kinds]
+        drawn = axes.bar(at, heights, width=step * 0.93, color=COLOURS[program], label=program)
         axes.bar_label(drawn, [f"{height:.0f}" for height in heights], fontsize=8, padding=2, zorder=3,
                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0})
     axes.set_xticks(range(len(kinds)), [NAMES[weights] for weights in kinds])
