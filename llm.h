@@ -31991,10 +31991,8 @@ LLM__INLINE void LLM__FN(group_row)(const llm__weight_type KIND, const llm__kern
             __builtin_prefetch(in.q[0] + line + 16384, 0, 2);
             __builtin_prefetch(in.q[0] + line + 4096);
         }
-        LLM__UNROLL for (size_t line = 0; line < LLM__SCALE_BYTES(KIND); line += 64) {
-            __builtin_prefetch(in.s[0] + line + 16384, 0, 2);
-            __builtin_prefetch(in.s[0] + line + 4096);
-        }
+        __builtin_prefetch(in.s[0] + 16384, 0, 2);
+        __builtin_prefetch(in.s[0] + 4096);
         in.d = ds + (size_t)(g / 8) * LLM__K_BYTES(KIND);
         LLM__FN(group)(1, 1, KIND, false, LLM__FN(zero)(KIND), llm__kernel_forms[KIND].minimum, &in, &total);
         in.q[0] += LLM__NUMBER_BYTES(KIND);
