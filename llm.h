@@ -596,6 +596,7 @@ typedef struct llm_model_info {
     const char *isa; /* the instruction set in use                                                            */
     const llm_backend *backend;
     int n_vocab, n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, rope_dim, n_ctx_train;
+    int window; /* positions a token attends to, itself included: a sliding window; 0: all before it          */
     uint64_t n_params;
     uint64_t weight_bytes;           /* memory for the weights; with ranks, for this rank's part               */
     uint64_t weight_bytes_per_token; /* how much of it is read to decode one token                             */
@@ -873,7 +874,10 @@ enum { LLM_CACHE_BLOCK = 32 }; /* the KV cache is handed out in blocks of this m
 typedef struct llm_context_desc {
     int n_ctx; /* positions a sequence can hold; 0: what the model was trained for, at most 4096 */
     int n_seq; /* sequences; 0: 1                                                                */
-    /* Cache positions of all sequences; 0: n_ctx * n_seq. See llm_context_n_free. */
+    /* Cache positions of all sequences; 0: n_ctx * n_seq. See llm_context_n_free. If the model has a sliding window
+       (llm_model_info.window), blocks that lie wholly before it are given back when room is needed. So window + n_batch
+       + 3 * LLM_CACHE_BLOCK positions are enough for a sequence of any length. But the tokens of one llm_forward must
+       have room together; in a pipeline those of a whole prompt, too. */
     int n_cache;
     /* Max tokens of one pass; longer batches take several; 0: 512. On a GPU the logits of a token depend a little on
        the size of its pass if that is above 16 tokens; n_batch = 16 prevents it. */
@@ -908,7 +912,9 @@ LLM_API int llm_context_n_threads(const llm_context *ctx); /* fewer than wanted 
 
 /* Free positions of the cache. A sequence takes whole blocks of LLM_CACHE_BLOCK positions, so one of 33 tokens takes
    64. A fork shares its parent's blocks. If it begins in the middle of a block, it takes one more when it first grows;
-   fork at a multiple of LLM_CACHE_BLOCK to avoid that. Truncating a sequence frees the blocks after its new end. */
+   fork at a multiple of LLM_CACHE_BLOCK to avoid that. Truncating a sequence frees the blocks after its new end. Blocks
+   that would be given back if room was needed, because they lie before the model's sliding window or belong to a
+   sequence that the library picked (LLM_SEQ_ANY), are not counted as free. */
 LLM_API int llm_context_n_free(const llm_context *ctx);
 
 typedef struct llm_memory {
@@ -1102,7 +1108,12 @@ LLM_API int llm_seq_length(const llm_context *ctx, int seq);
    sequence. */
 LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq);
 
-/* Keeps the first `length` tokens and frees the cache of the others, see llm_context_n_free. */
+/* Keeps the first `length` tokens and frees the cache of the others, see llm_context_n_free. If the model has a sliding
+   window, blocks before the window may have been given back (see llm_context_desc.n_cache). The tokens in them stay in
+   llm_seq_tokens, but a shorter sequence whose window begins in such a block cannot go on: then the result is
+   LLM_ERROR_CONTEXT_FULL, nothing changes, and the sequence must be truncated to 0 and computed again. The last
+   LLM_CACHE_BLOCK tokens that a sequence had can always be cut off. llm_seq_fork and llm_seq_shift fail in the same
+   way, and what begins a prompt is reused only if the prompt can go on from it. */
 LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err);
 
 /* Replaces `seq` by the first `length` tokens of `parent`. Both then share the cache of these tokens; only later ones
@@ -1609,7 +1620,9 @@ typedef struct llm_backend_pass {
     const llm_token *targets; /* [n_targets]                                                                 */
     const int *target_rows;   /* [n_targets] ascending: index of the logit_rows entry that each one follows    */
     float *log_probs;         /* [n_targets] the results                                                     */
-    const int *blocks; /* [n_seq][blocks_per_seq] which cache block holds LLM_CACHE_BLOCK positions of a sequence */
+    /* [n_seq][blocks_per_seq] which cache block holds LLM_CACHE_BLOCK positions of a sequence. Where a block before the
+       window was given back, another one of the sequence stands. */
+    const int *blocks;
     int blocks_per_seq;
     bool (*cancel)(void *user);
     void *cancel_user;
@@ -16912,7 +16925,10 @@ LLM_API void llm_comm_free(llm_comm *comm) {
    Keys and values are stored in blocks of LLM_CACHE_BLOCK positions, all allocated when the context is created. A
    sequence is a length and a table of blocks. A fork shares its parent's blocks, which are reference-counted. A
    sequence that appends to a shared block copies the block first. This section only records which sequences hold a
-   block; the backend owns the contents of the blocks. */
+   block; the backend owns the contents of the blocks.
+
+   With a sliding window, the first blocks of a long sequence are read again only after it was cut back. They stay as
+   long as there is room; then the sequence gives them back, the first one first. */
 
 typedef struct llm__cache {
     int n_seq, n_ctx, blocks_per_seq, n_blocks, n_free;
@@ -16924,14 +16940,17 @@ typedef struct llm__cache {
     int *tables;       /* [n_seq][blocks_per_seq] block numbers                         */
     int *lengths;      /* [n_seq] in positions                                          */
     int *n_exact;      /* [n_seq] positions before the first that a shift moved; n_ctx: there is none */
+    int window;        /* positions a token attends to, itself included; 0: all before it */
+    int *n_given;      /* [n_seq] blocks at the beginning that were given back */
     llm_token *tokens; /* [n_seq][n_ctx]                                                */
 } llm__cache;
 
 static int llm__cache_blocks_for(int n_positions) { return (n_positions + LLM_CACHE_BLOCK - 1) / LLM_CACHE_BLOCK; }
 
-static void llm__cache_create(llm__env *env, llm__cache *cache, int n_seq, int n_ctx, int n_blocks) {
+static void llm__cache_create(llm__env *env, llm__cache *cache, int n_seq, int n_ctx, int n_blocks, int window) {
     cache->n_seq = n_seq;
     cache->n_ctx = n_ctx;
+    cache->window = window;
     cache->blocks_per_seq = llm__cache_blocks_for(n_ctx);
     cache->n_blocks = cache->n_free = n_blocks;
     cache->free_blocks = (int *)llm__alloc(env, (size_t)n_blocks, sizeof(int));
@@ -16942,6 +16961,7 @@ static void llm__cache_create(llm__env *env, llm__cache *cache, int n_seq, int n
     cache->tables = (int *)llm__alloc_zero(env, (size_t)n_seq * (size_t)cache->blocks_per_seq, sizeof(int));
     cache->lengths = (int *)llm__alloc_zero(env, (size_t)n_seq, sizeof(int));
     cache->n_exact = (int *)llm__alloc(env, (size_t)n_seq, sizeof(int));
+    cache->n_given = (int *)llm__alloc_zero(env, (size_t)n_seq, sizeof(int));
     cache->tokens = (llm_token *)llm__alloc(env, (size_t)n_seq * (size_t)n_ctx, sizeof(llm_token));
     for (int i = 0; i < n_blocks; i++)
         cache->free_blocks[i] = n_blocks - 1 - i; /* blocks are taken in ascending order */
@@ -16991,13 +17011,52 @@ static void llm__cache_drop(llm__cache *cache, int block) {
     cache->free_blocks[cache->n_free++] = block;
 }
 
-/* Shortens a sequence. If its last block is a copy that still equals the origin up to the new end, the sequence shares
-   the origin again and drops the copy. */
+/* The blocks at the beginning that a sequence of this length does not need to go on. */
+static int llm__cache_most_given(const llm__cache *cache, int length) {
+    return cache->window && length > cache->window ? (length - cache->window) / LLM_CACHE_BLOCK : 0;
+}
+
+/* The blocks that a sequence may give back: those that it does not need even if it is cut back by a block's positions,
+   for example because a draft's guesses were wrong. */
+static int llm__cache_before_window(const llm__cache *cache, int seq) {
+    return llm__cache_most_given(cache, cache->lengths[seq] - LLM_CACHE_BLOCK);
+}
+
+/* The blocks that a sequence shares with no other and may not give back. */
+static int llm__cache_count_own(const llm__cache *cache, int seq) {
+    int n = 0, first = llm__cache_before_window(cache, seq);
+    if (first < cache->n_given[seq]) first = cache->n_given[seq];
+    for (int i = first; i < llm__cache_blocks_for(cache->lengths[seq]); i++)
+        n += cache->n_users[llm__cache_table(cache, seq)[i]] == 1;
+    return n;
+}
+
+/* Gives the first of them back. */
+static void llm__cache_give_back(llm__cache *cache, int seq) {
+    llm__cache_drop(cache, llm__cache_table(cache, seq)[cache->n_given[seq]++]);
+}
+
+/* The least length, apart from 0, at which a sequence can go on. */
+static int llm__cache_least(const llm__cache *cache, int seq) {
+    return cache->n_given[seq] ? cache->n_given[seq] * LLM_CACHE_BLOCK + cache->window : 0;
+}
+
+/* Before a pass: a backend may read blocks before the window, though it makes nothing of them. So those that were given
+   back, and may hold anything by now, are replaced in the table by one that the sequence holds. */
+static void llm__cache_fill_table(llm__cache *cache, int seq) {
+    int *table = llm__cache_table(cache, seq);
+    for (int i = 0; i < cache->n_given[seq]; i++) table[i] = table[cache->n_given[seq]];
+}
+
+/* Shortens a sequence, to nothing if it could not go on at that length. If its last block is a copy that still equals
+   the origin up to the new end, the sequence shares the origin again and drops the copy. */
 static void llm__cache_truncate(llm__cache *cache, int seq, int length) {
-    int *table = llm__cache_table(cache, seq), last = length / LLM_CACHE_BLOCK, place = length % LLM_CACHE_BLOCK;
-    for (int i = llm__cache_blocks_for(length); i < llm__cache_blocks_for(cache->lengths[seq]); i++)
-        llm__cache_drop(cache, table[i]);
+    if (length < llm__cache_least(cache, seq)) length = 0;
+    int *table = llm__cache_table(cache, seq), last = length / LLM_CACHE_BLOCK, place = length % LLM_CACHE_BLOCK,
+        first = length ? llm__cache_blocks_for(length) : cache->n_given[seq];
+    for (int i = first; i < llm__cache_blocks_for(cache->lengths[seq]); i++) llm__cache_drop(cache, table[i]);
     cache->lengths[seq] = length;
+    if (!length) cache->n_given[seq] = 0;
     if (length <= cache->n_exact[seq]) cache->n_exact[seq] = cache->n_ctx;
     int own = place ? table[last] : 0, origin = place ? cache->origins[own] : -1;
     if (origin < 0 || place > cache->n_copied[own]) return;
@@ -17035,7 +17094,8 @@ static void llm__cache_append(llm__cache *cache, int seq, llm_token token) {
 
 static void llm__cache_fork(llm__cache *cache, int seq, int parent, int length) {
     llm__cache_truncate(cache, seq, 0);
-    for (int i = 0; i < llm__cache_blocks_for(length); i++) {
+    if (length) cache->n_given[seq] = cache->n_given[parent];
+    for (int i = cache->n_given[seq]; i < llm__cache_blocks_for(length); i++) {
         int block = llm__cache_table(cache, parent)[i];
         llm__cache_table(cache, seq)[i] = block;
         cache->n_users[block]++;
@@ -19265,6 +19325,7 @@ static llm_model_info llm__model_info(const llm__hparams *h, const llm__model_wa
     info->n_kv_heads = h->n_kv_heads;
     info->head_dim = h->head_dim;
     info->rope_dim = h->rope_dim;
+    info->window = h->window;
     info->n_ctx_train = h->n_ctx_train;
     info->n_params = walk->n_params;
     info->weight_bytes = walk->weight_bytes;
@@ -21081,6 +21142,7 @@ struct llm_context {
     uint64_t *picked_at;    /* [n_seq] when the library last used it; 0: it is the host's, or unused */
     uint64_t clock;         /* counts uses of picked sequences, for picked_at */
     bool *runs;             /* [n_seq] a running stream writes this sequence, so no one else may change it */
+    bool *gives;            /* [n_seq] a stream that reads a prompt counts on blocks that this sequence gives back */
     llm_stream *streams;    /* a list, the oldest first */
     llm_stream **sampled;   /* [n_seq] the streams whose rows are sampled at the same time */
     llm_stream *turn;       /* the stream that the next pass serves first; NULL: the oldest */
@@ -21203,7 +21265,8 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     ctx->backend_desc.sums_squares = args->sums_squares;
     ctx->backend_desc.tensor = args->tensor;
     ctx->backend_desc.pipeline = args->pipeline;
-    if (!args->share_cache) llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks);
+    if (!args->share_cache)
+        llm__cache_create(env, &ctx->cache, d.n_seq, d.n_ctx, ctx->backend_desc.n_cache_blocks, model->shape.window);
     ctx->tokens = (llm_token *)llm__alloc(env, n_batch, sizeof *ctx->tokens);
     ctx->positions = (int *)llm__alloc(env, n_batch, sizeof(int));
     ctx->seqs = (int *)llm__alloc(env, n_batch, sizeof(int));
@@ -21225,6 +21288,7 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     }
     ctx->picked_at = (uint64_t *)llm__alloc_zero(env, n_seq, sizeof *ctx->picked_at);
     ctx->runs = (bool *)llm__alloc_zero(env, n_seq, sizeof *ctx->runs);
+    ctx->gives = (bool *)llm__alloc_zero(env, n_seq, sizeof *ctx->gives);
     ctx->sampled = (llm_stream **)llm__alloc_zero(env, n_seq, sizeof *ctx->sampled);
     ctx->step_tokens = (llm_token *)llm__alloc(env, step_room, sizeof *ctx->step_tokens);
     ctx->step_seqs = (int *)llm__alloc(env, step_room, sizeof *ctx->step_seqs);
@@ -21479,26 +21543,27 @@ static llm_status llm__ctx_claim_seq(llm_context *ctx, int seq, llm_error *err) 
 }
 
 /* The length of the longest common prefix of a sequence and n tokens. If not `shifted`, it ends at the first position
-   that a shift moved. */
+   that a shift moved. 0 if the sequence has given back what it needs to go on from there. */
 static int llm__seq_common(const llm_context *ctx, int seq, const llm_token *ids, int n, bool shifted) {
     const llm_token *own = llm__cache_tokens(&ctx->cache, seq);
     int same = 0;
     if (ctx->cache.lengths[seq] < n) n = ctx->cache.lengths[seq];
     if (ctx->cache.n_exact[seq] < n && !shifted) n = ctx->cache.n_exact[seq];
     while (same < n && own[same] == ids[same]) same++;
-    return same;
+    return same < llm__cache_least(&ctx->cache, seq) ? 0 : same;
 }
 
 /* A prefix is forked from another sequence only if that gains at least this many tokens. A fork in the middle of a
    block copies that block, which takes about as long as computing a few tokens. */
 enum { LLM__SEQ_WORTH_SHARING = LLM_CACHE_BLOCK / 2 };
 
-/* Makes a sequence hold the longest prefix of n tokens that is in any sequence, by truncating or forking. Returns the
-   length. *own: the length that this sequence itself had. `shifted`: what a shift has moved in it may be used. */
+/* Makes a sequence hold the longest prefix of n tokens that is in any sequence, by truncating or forking. Blocks that a
+   prompt counts on are not shared, since giving them back would not free them. Returns the length. *own: the length
+   that this sequence itself had. `shifted`: what a shift has moved in it may be used. */
 static int llm__seq_start(llm_context *ctx, int seq, const llm_token *ids, int n, bool shifted, int *own) {
     int parent = seq, best = *own = llm__seq_common(ctx, seq, ids, n, shifted), least = best + LLM__SEQ_WORTH_SHARING;
     for (int other = 0; other < ctx->desc.n_seq; other++) {
-        int same = other == seq ? 0 : llm__seq_common(ctx, other, ids, n, false);
+        int same = other == seq || ctx->gives[other] ? 0 : llm__seq_common(ctx, other, ids, n, false);
         if (same < least || same <= best) continue;
         best = same;
         parent = other;
@@ -21513,19 +21578,35 @@ static bool llm__seq_may_drop(const llm_context *ctx, int seq) {
     return ctx->picked_at[seq] && !ctx->runs[seq] && ctx->cache.lengths[seq];
 }
 
-/* How many blocks would be free if all such sequences were dropped. A block may have several users, so we count n_users
-   down, and then up again. */
+/* How many blocks would be free if all such sequences were dropped, and all blocks before the window given back. A
+   block may have several users, so we count n_users down, and then up again. */
 static int llm__seq_blocks_to_have(const llm_context *ctx) {
     const llm__cache *cache = &ctx->cache;
     int n = cache->n_free;
     for (int step = -1; step <= 1; step += 2)
-        for (int seq = 0; seq < ctx->desc.n_seq; seq++)
-            for (int i = 0; i < llm__cache_blocks_for(cache->lengths[seq]) && llm__seq_may_drop(ctx, seq); i++) {
+        for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
+            int end = llm__seq_may_drop(ctx, seq) ? llm__cache_blocks_for(cache->lengths[seq])
+                                                  : llm__cache_before_window(cache, seq);
+            for (int i = cache->n_given[seq]; i < end; i++) {
                 int *n_users = &cache->n_users[llm__cache_table(cache, seq)[i]];
                 *n_users += step;
                 n += step < 0 && *n_users == 0;
             }
+        }
     return n;
+}
+
+/* Gives back a block before the window of the least recently used sequence that has one; the host's come last. Returns
+   false if there is none. */
+static bool llm__seq_give_back(llm_context *ctx) {
+    int oldest = -1;
+    for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
+        if (ctx->cache.n_given[seq] >= llm__cache_before_window(&ctx->cache, seq)) continue;
+        /* The host's have picked_at 0, which becomes the largest number. */
+        if (oldest < 0 || ctx->picked_at[seq] - 1 < ctx->picked_at[oldest] - 1) oldest = seq;
+    }
+    if (oldest >= 0) llm__cache_give_back(&ctx->cache, oldest);
+    return oldest >= 0;
 }
 
 /* Cuts the last block off the least recently used sequence. */
@@ -21537,12 +21618,25 @@ static void llm__seq_drop_oldest(llm_context *ctx) {
     llm__cache_truncate(&ctx->cache, oldest, (ctx->cache.lengths[oldest] - 1) / LLM_CACHE_BLOCK * LLM_CACHE_BLOCK);
 }
 
-/* Drops sequences until n blocks are free. If that many cannot become free, it drops nothing and returns false. */
+/* Gives back blocks, then drops sequences, until n blocks are free. If that many cannot become free, it does nothing
+   and returns false. */
 static bool llm__seq_make_room(llm_context *ctx, int64_t n) {
     if (n <= ctx->cache.n_free) return true;
     if (n > llm__seq_blocks_to_have(ctx)) return false;
-    while (ctx->cache.n_free < n) llm__seq_drop_oldest(ctx);
+    while (ctx->cache.n_free < n)
+        if (!llm__seq_give_back(ctx)) llm__seq_drop_oldest(ctx);
     return true;
+}
+
+/* Number of free blocks needed to append n tokens in passes of n_batch, if blocks before the window are given back
+   between the passes. During a pass a sequence holds those of `most` positions, and of two more that it holds in part.
+   It has already those that it need not give back and does not share. */
+static int llm__seq_needs(const llm_context *ctx, int seq, int n) {
+    const llm__cache *cache = &ctx->cache;
+    int all = llm__cache_needs(cache, seq, n), most = cache->window + LLM_CACHE_BLOCK + ctx->desc.n_batch;
+    if (!cache->window || ctx->backend_desc.pipeline) return all;
+    int needed = llm__cache_blocks_for(most) + 1 - llm__cache_count_own(cache, seq);
+    return all < needed ? all : needed;
 }
 
 /* Picks a sequence for a prompt of n tokens: the longest one that is a prefix of the prompt; if there is none, an empty
@@ -21570,6 +21664,17 @@ LLM_API const llm_token *llm_seq_tokens(const llm_context *ctx, int seq) {
     return llm__ctx_check_seq(ctx, seq, NULL) ? NULL : llm__cache_tokens(&ctx->cache, seq);
 }
 
+/* Checks that a sequence holds all that it needs to go on from `length` tokens. */
+static llm_status llm__seq_check_least(const llm_context *ctx, int seq, int length, llm_error *err) {
+    int least = llm__cache_least(&ctx->cache, seq);
+    if (!length || length >= least) return LLM_OK;
+    return llm__error(
+        err, LLM_ERROR_CONTEXT_FULL,
+        "sequence %d cannot go on from %d tokens, only from %d or more, or from 0: its first %d positions, "
+        "which lie before the model's sliding window, were given back because the cache was full (n_cache)",
+        seq, length, least, ctx->cache.n_given[seq] * LLM_CACHE_BLOCK);
+}
+
 LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_error *err) {
     llm_status status = LLM__ENTER(ctx, err);
     if (!status) status = llm__ctx_claim_seq(ctx, seq, err);
@@ -21577,6 +21682,8 @@ LLM_API llm_status llm_seq_truncate(llm_context *ctx, int seq, int length, llm_e
     if (length < 0 || length > ctx->cache.lengths[seq])
         return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; it cannot be cut to %d", seq,
                           ctx->cache.lengths[seq], length);
+    status = llm__seq_check_least(ctx, seq, length, err);
+    if (status) return status;
     llm__cache_truncate(&ctx->cache, seq, length);
     return llm__error_done(err, LLM_OK);
 }
@@ -21589,9 +21696,23 @@ LLM_API llm_status llm_seq_fork(llm_context *ctx, int seq, int parent, int lengt
     if (length < 0 || length > ctx->cache.lengths[parent])
         return llm__error(err, LLM_ERROR_ARGUMENT, "sequence %d has %d tokens; there is no fork at %d", parent,
                           ctx->cache.lengths[parent], length);
+    status = llm__seq_check_least(ctx, parent, length, err);
+    if (status) return status;
     if (seq == parent) llm__cache_truncate(&ctx->cache, seq, length);
     else llm__cache_fork(&ctx->cache, seq, parent, length);
     return llm__error_done(err, LLM_OK);
+}
+
+/* Checks that a sequence holds all positions that a shift moves and needs afterwards. */
+static llm_status llm__seq_check_shift(const llm_context *ctx, int seq, int begin, int n, llm_error *err) {
+    int length = ctx->cache.lengths[seq] - n, n_given = ctx->cache.n_given[seq] * LLM_CACHE_BLOCK;
+    if (length && begin < n_given)
+        return llm__error(
+            err, LLM_ERROR_CONTEXT_FULL,
+            "sequence %d cannot be shifted from position %d on: the first %d, which lie before the model's sliding "
+            "window, were given back because the cache was full (n_cache)",
+            seq, begin, n_given);
+    return llm__seq_check_least(ctx, seq, length, err);
 }
 
 /* Removes n tokens of a sequence, see llm_seq_shift. Afterwards n_spare blocks are still free, or can be. */
@@ -21600,7 +21721,6 @@ static llm_status llm__seq_remove(llm_context *ctx, int seq, int begin, int n, i
     const llm_backend *backend = ctx->model->backend;
     const int *table = llm__cache_table(cache, seq);
     int length = cache->lengths[seq] - n, place = begin % LLM_CACHE_BLOCK, needed;
-    llm_status status = LLM_OK;
     if (n == 0) return LLM_OK;
     needed = begin < length ? llm__cache_shared(cache, seq, begin, length) : 0;
     if (needed && !llm__seq_make_room(ctx, needed + n_spare))
@@ -21608,6 +21728,9 @@ static llm_status llm__seq_remove(llm_context *ctx, int seq, int begin, int n, i
                           "sequence %d shares %d positions of the cache that the shift would change; there is no room "
                           "for copies (n_cache)",
                           seq, needed * LLM_CACHE_BLOCK);
+    llm_status status =
+        llm__seq_check_shift(ctx, seq, begin, n, err); /* now, since room may have come from its blocks */
+    if (status) return status;
     for (int i = begin / LLM_CACHE_BLOCK; i < llm__cache_blocks_for(length) && begin < length && !status;
          i++, place = 0) {
         if (cache->n_users[table[i]] == 1) {
@@ -21640,9 +21763,10 @@ LLM_API llm_status llm_seq_shift(llm_context *ctx, int seq, int begin, int n, ll
 /* A saved sequence is this struct, then its tokens, then its blocks in the backend's format. */
 typedef struct llm__seq_saved {
     char magic[8];
-    uint64_t fingerprint, hash; /* of model and cache type; of n_exact and everything after this struct */
+    uint64_t fingerprint, hash; /* of model and cache type; of n_exact, n_given and everything after this struct */
     uint64_t length, size;
     uint64_t n_exact; /* positions before the first that a shift moved; `length`: there is none */
+    uint64_t n_given; /* blocks at the beginning that were given back, and are not there */
 } llm__seq_saved;
 
 static uint64_t llm__seq_fingerprint(const llm_context *ctx) {
@@ -21650,13 +21774,24 @@ static uint64_t llm__seq_fingerprint(const llm_context *ctx) {
     return llm__hash_fnv(hash, ctx->model->backend->name, strlen(ctx->model->backend->name));
 }
 
-static size_t llm__seq_saved_size(const llm_context *ctx, size_t length) {
-    size_t block = (size_t)ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype);
-    return sizeof(llm__seq_saved) + length * sizeof(llm_token) + (size_t)llm__cache_blocks_for((int)length) * block;
+static size_t llm__seq_block_bytes(const llm_context *ctx) {
+    return (size_t)ctx->model->backend->block_bytes(&ctx->model->shape, ctx->desc.cache_dtype);
+}
+
+static size_t llm__seq_saved_size(const llm_context *ctx, int length, int n_given) {
+    size_t n_blocks = (size_t)(llm__cache_blocks_for(length) - n_given);
+    return sizeof(llm__seq_saved) + (size_t)length * sizeof(llm_token) + n_blocks * llm__seq_block_bytes(ctx);
+}
+
+/* A hash of what follows the struct in n bytes, and of the numbers in it that no other check covers. */
+static uint64_t llm__seq_hash(const llm__seq_saved *head, const void *buffer, size_t n) {
+    uint64_t hash = llm__hash_fnv(head->n_exact, &head->n_given, sizeof head->n_given);
+    return llm__hash_fnv(hash, (const uint8_t *)buffer + sizeof *head, n - sizeof *head);
 }
 
 LLM_API size_t llm_seq_save_size(const llm_context *ctx, int seq) {
-    return llm__seq_saved_size(ctx, (size_t)llm_seq_length(ctx, seq));
+    if (llm__ctx_check_seq(ctx, seq, NULL)) return llm__seq_saved_size(ctx, 0, 0);
+    return llm__seq_saved_size(ctx, llm_seq_length(ctx, seq), ctx->cache.n_given[seq]);
 }
 
 LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, size_t size, llm_error *err) {
@@ -21664,34 +21799,34 @@ LLM_API llm_status llm_seq_save(const llm_context *ctx, int seq, void *buffer, s
         LLM__ENTER((llm_context *)(uintptr_t)ctx, err); /* not const, since it may have to end an abandoned call */
     if (!status) status = llm__ctx_check_seq(ctx, seq, err);
     if (status) return status;
-    int length = ctx->cache.lengths[seq];
-    size_t needed = llm__seq_saved_size(ctx, (size_t)length),
-           block = llm__seq_saved_size(ctx, 1) - llm__seq_saved_size(ctx, 0) - sizeof(llm_token);
+    int length = ctx->cache.lengths[seq], n_given = ctx->cache.n_given[seq];
+    size_t needed = llm__seq_saved_size(ctx, length, n_given), block = llm__seq_block_bytes(ctx);
     if (size < needed)
         return llm__error(err, LLM_ERROR_ARGUMENT, "saving takes %llu bytes, but the buffer has %llu",
                           (unsigned long long)needed, (unsigned long long)size);
     llm__seq_saved head;
     memset(&head, 0, sizeof head);
-    memcpy(head.magic, "llmcach3", 8);
+    memcpy(head.magic, "llmcach4", 8);
     head.fingerprint = llm__seq_fingerprint(ctx);
     head.length = (uint64_t)length;
     head.size = needed;
     head.n_exact = (uint64_t)(ctx->cache.n_exact[seq] < length ? ctx->cache.n_exact[seq] : length);
+    head.n_given = (uint64_t)n_given;
     uint8_t *at = (uint8_t *)buffer + sizeof head;
     memcpy(at, llm__cache_tokens(&ctx->cache, seq), (size_t)length * sizeof(llm_token));
     at += (size_t)length * sizeof(llm_token);
-    for (int i = 0; i < llm__cache_blocks_for(length); i++, at += block) {
+    for (int i = n_given; i < llm__cache_blocks_for(length); i++, at += block) {
         status = ctx->model->backend->read_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
         if (status) return status;
     }
-    head.hash = llm__hash_fnv(head.n_exact, (const uint8_t *)buffer + sizeof head, needed - sizeof head);
+    head.hash = llm__seq_hash(&head, buffer, needed);
     memcpy(buffer, &head, sizeof head);
     return llm__error_done(err, LLM_OK);
 }
 
 static llm_status llm__seq_check_saved(llm_context *ctx, int seq, const void *buffer, size_t size, llm__seq_saved *head,
                                        llm_error *err) {
-    if (size < sizeof *head || memcmp(buffer, "llmcach3", 8))
+    if (size < sizeof *head || memcmp(buffer, "llmcach4", 8))
         return llm__error(err, LLM_ERROR_FORMAT, "the buffer does not hold a saved sequence");
     memcpy(head, buffer, sizeof *head);
     if (head->fingerprint != llm__seq_fingerprint(ctx))
@@ -21699,18 +21834,17 @@ static llm_status llm__seq_check_saved(llm_context *ctx, int seq, const void *bu
     if (head->length > (uint64_t)ctx->desc.n_ctx)
         return llm__error(err, LLM_ERROR_CONTEXT_FULL, "the saved sequence has %llu tokens; this context holds %d",
                           (unsigned long long)head->length, ctx->desc.n_ctx);
-    if (head->size != llm__seq_saved_size(ctx, (size_t)head->length) || size < head->size ||
-        head->n_exact > head->length ||
-        head->hash !=
-            llm__hash_fnv(head->n_exact, (const uint8_t *)buffer + sizeof *head, (size_t)head->size - sizeof *head))
+    const uint64_t most = llm__cache_most_given(&ctx->cache, (int)head->length);
+    if (head->n_given > most || head->size != llm__seq_saved_size(ctx, (int)head->length, (int)head->n_given) ||
+        size < head->size || head->n_exact > head->length ||
+        head->hash != llm__seq_hash(head, buffer, (size_t)head->size))
         return llm__error(err, LLM_ERROR_FORMAT, "the saved sequence is damaged");
-    int own = 0; /* blocks that overwriting the sequence frees */
-    for (int i = 0; i < llm__cache_blocks_for(ctx->cache.lengths[seq]); i++)
-        own += ctx->cache.n_users[llm__cache_table(&ctx->cache, seq)[i]] == 1;
-    if (!llm__seq_make_room(ctx, llm__cache_blocks_for((int)head->length) - own))
-        return llm__error(
-            err, LLM_ERROR_CONTEXT_FULL, "the saved sequence needs %d positions of the cache, but %d are free",
-            llm__cache_blocks_for((int)head->length) * LLM_CACHE_BLOCK, (ctx->cache.n_free + own) * LLM_CACHE_BLOCK);
+    int n_blocks = llm__cache_blocks_for((int)head->length) - (int)head->n_given;
+    int own = llm__cache_count_own(&ctx->cache, seq); /* blocks that overwriting the sequence frees */
+    if (!llm__seq_make_room(ctx, n_blocks - own))
+        return llm__error(err, LLM_ERROR_CONTEXT_FULL,
+                          "the saved sequence needs %d positions of the cache, but %d are free",
+                          n_blocks * LLM_CACHE_BLOCK, (ctx->cache.n_free + own) * LLM_CACHE_BLOCK);
     return LLM_OK;
 }
 
@@ -21721,17 +21855,21 @@ LLM_API llm_status llm_seq_restore(llm_context *ctx, int seq, const void *buffer
     if (!status) status = llm__seq_check_saved(ctx, seq, buffer, size, &head, err);
     if (status) return status;
     const uint8_t *at = (const uint8_t *)buffer + sizeof head;
-    size_t block = llm__seq_saved_size(ctx, 1) - llm__seq_saved_size(ctx, 0) - sizeof(llm_token);
-    for (uint64_t i = 0; i < head.length; i++) {
+    const size_t block = llm__seq_block_bytes(ctx);
+    const int length = (int)head.length, n_given = (int)head.n_given;
+    for (int i = 0; i < length; i++) {
         uint32_t token = llm__bytes_u32(at + 4 * i);
         if (token >= (uint32_t)ctx->model->shape.n_vocab)
             return llm__error(err, LLM_ERROR_FORMAT, "the saved sequence holds token %lu", (unsigned long)token);
     }
     llm__cache_truncate(&ctx->cache, seq, 0);
-    for (uint64_t i = 0; i < head.length; i++)
+    memcpy(llm__cache_tokens(&ctx->cache, seq), at, (size_t)n_given * LLM_CACHE_BLOCK * sizeof(llm_token));
+    ctx->cache.n_given[seq] = n_given;
+    ctx->cache.lengths[seq] = n_given * LLM_CACHE_BLOCK;
+    for (int i = ctx->cache.lengths[seq]; i < length; i++)
         llm__cache_append(&ctx->cache, seq, (llm_token)llm__bytes_u32(at + 4 * i));
-    at += head.length * sizeof(llm_token);
-    for (int i = 0; i < llm__cache_blocks_for((int)head.length) && !status; i++, at += block)
+    at += (size_t)length * sizeof(llm_token);
+    for (int i = n_given; i < llm__cache_blocks_for(length) && !status; i++, at += block)
         status = ctx->model->backend->write_block(ctx->device, llm__cache_table(&ctx->cache, seq)[i], at, err);
     if (head.n_exact < head.length) ctx->cache.n_exact[seq] = (int)head.n_exact;
     if (status) llm__cache_truncate(&ctx->cache, seq, 0);
@@ -21744,14 +21882,14 @@ static int llm__ctx_batch_seq(const llm_batch *batch, int i) { return batch->seq
 
 /* Number of blocks that it takes to append n_new tokens to each sequence. If the batch appends to several sequences
    that share their last block, all but one must copy it. So we simulate the copies by decrementing n_users, then
-   restore it. */
-static int64_t llm__ctx_blocks_needed(llm_context *ctx) {
+   restore it. `keep` as for llm__ctx_forward. */
+static int64_t llm__ctx_blocks_needed(llm_context *ctx, bool keep) {
     llm__cache *cache = &ctx->cache;
     int64_t blocks = 0;
     for (int seq = 0; seq < ctx->desc.n_seq; seq++) {
         int *left = &ctx->first_row[seq]; /* the block that this sequence copies, or -1 */
         bool copies = ctx->n_new[seq] && llm__cache_must_copy(cache, seq);
-        blocks += llm__cache_needs(cache, seq, ctx->n_new[seq]);
+        blocks += keep ? llm__seq_needs(ctx, seq, ctx->n_new[seq]) : llm__cache_needs(cache, seq, ctx->n_new[seq]);
         *left = copies ? llm__cache_table(cache, seq)[cache->lengths[seq] / LLM_CACHE_BLOCK] : -1;
         if (copies) cache->n_users[*left]--;
     }
@@ -21761,7 +21899,7 @@ static int64_t llm__ctx_blocks_needed(llm_context *ctx) {
 }
 
 /* Checks everything that could fail, before any work is done. Sets n_new of each sequence. */
-static llm_status llm__ctx_check_batch(llm_context *ctx, const llm_batch *batch, llm_error *err) {
+static llm_status llm__ctx_check_batch(llm_context *ctx, const llm_batch *batch, bool keep, llm_error *err) {
     llm__cache *cache = &ctx->cache;
     int n_logits = 0, n_touched = 0;
     if (batch->n_tokens <= 0 || !batch->tokens) return llm__error(err, LLM_ERROR_ARGUMENT, "the batch has no tokens");
@@ -21781,7 +21919,7 @@ static llm_status llm__ctx_check_batch(llm_context *ctx, const llm_batch *batch,
             return llm__error(err, LLM_ERROR_CONTEXT_FULL,
                               "sequence %d has %d tokens; with %d more it would have more than it can hold, %d (n_ctx)",
                               seq, cache->lengths[seq], ctx->n_new[seq], ctx->desc.n_ctx);
-    int64_t blocks = llm__ctx_blocks_needed(ctx);
+    int64_t blocks = llm__ctx_blocks_needed(ctx, keep);
     if (!llm__seq_make_room(ctx, blocks))
         return llm__error(err, LLM_ERROR_CONTEXT_FULL,
                           "the batch needs %lld positions of the cache, but %d are free (n_cache)",
@@ -21819,6 +21957,7 @@ static void llm__ctx_build_pass(llm_context *ctx, const llm_batch *batch, int fi
     pass->blocks = ctx->cache.tables;
     pass->blocks_per_seq = ctx->cache.blocks_per_seq;
     for (int row = 0; row < n; row++) {
+        if (row == 0 || ctx->seqs[row] != ctx->seqs[row - 1]) llm__cache_fill_table(&ctx->cache, ctx->seqs[row]);
         if (ctx->batch_index[row] < 0) continue;
         ctx->logit_rows[pass->n_logits++] = row;
         ctx->logits_of[ctx->n_logits++] = ctx->batch_index[row];
@@ -21854,6 +21993,8 @@ static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *bat
     for (int first = 0; first < batch->n_tokens; first += ctx->desc.n_batch) {
         llm_backend_pass pass;
         int n = batch->n_tokens - first < ctx->desc.n_batch ? batch->n_tokens - first : ctx->desc.n_batch;
+        if (keep) /* blocks before the window of what stays; the others were found by llm__ctx_check_batch */
+            llm__seq_make_room(ctx, llm__cache_needs(&ctx->cache, llm__ctx_batch_seq(batch, first), n));
         llm__ctx_build_pass(ctx, batch, first, n, &pass);
         pass.cancel = ctx->cancel ? llm__ctx_poll_host : NULL;
         pass.cancel_user = ctx;
@@ -21870,10 +22011,10 @@ static llm_status llm__ctx_forward_passes(llm_context *ctx, const llm_batch *bat
     return LLM_OK;
 }
 
-/* `keep`: if a later pass fails, the tokens of the finished passes stay in the sequences. */
+/* `keep`: if a later pass fails, the tokens of the finished passes stay. Then all tokens are of one sequence. */
 static llm_status llm__ctx_forward(llm_context *ctx, const llm_batch *batch, bool keep, bool (*cancel)(void *user),
                                    void *user, llm_error *err) {
-    llm_status status = llm__ctx_check_batch(ctx, batch, err);
+    llm_status status = llm__ctx_check_batch(ctx, batch, keep, err);
     if (status) return status;
     memcpy(ctx->old_lengths, ctx->cache.lengths, (size_t)ctx->desc.n_seq * sizeof(int));
     ctx->unsettled = true;
@@ -28675,14 +28816,13 @@ typedef struct llm__draft_model {
    its n_ctx, the sequence first gets a later start in the text. Returns how many tokens of the text the draft has not
    read yet. */
 static int llm__draft_model_align(llm__draft_model *d, const llm_draft_request *r, int n_more) {
-    int n_ctx = d->ctx->desc.n_ctx, *start = &d->starts[r->seq], same = 0;
+    int n_ctx = d->ctx->desc.n_ctx, *start = &d->starts[r->seq];
     if (d->shares_cache) return 1;
     if (*start >= r->n_tokens || r->n_tokens - *start + n_more > n_ctx)
         *start = r->n_tokens + n_more > n_ctx ? r->n_tokens - n_ctx / 2 : 0;
-    const llm_token *own = llm_seq_tokens(d->ctx, r->seq), *text = r->tokens + *start;
-    while (same < r->n_tokens - *start - 1 && same < llm_seq_length(d->ctx, r->seq) && own[same] == text[same]) same++;
+    int n = r->n_tokens - *start, same = llm__seq_common(d->ctx, r->seq, r->tokens + *start, n - 1, true);
     llm__cache_truncate(&d->ctx->cache, r->seq, same);
-    return r->n_tokens - *start - same;
+    return n - same;
 }
 
 /* Removes tokens that are not in the target's vocabulary from the choice. The best one that is left moves to the
@@ -29301,7 +29441,8 @@ static bool llm__gen_show_token(llm__env *env, llm_stream *s, llm_token token) {
 /* Counts a decoded token. */
 static void llm__gen_count_decode(llm_stream *s) {
     const llm_model *model = s->ctx->model;
-    uint64_t length = (uint64_t)s->ctx->cache.lengths[s->desc.seq];
+    uint64_t length = (uint64_t)s->ctx->cache.lengths[s->desc.seq], window = (uint64_t)model->shape.window;
+    if (window && length > window) length = window;
     uint64_t block_bytes = model->backend->block_bytes(&model->shape, s->ctx->desc.cache_dtype);
     s->stats.n_decode_passes++;
     s->stats.decode_bytes += model->info.weight_bytes_per_token + length * block_bytes / LLM_CACHE_BLOCK;
@@ -29510,7 +29651,7 @@ static void llm__stream_stop(llm_stream *s, llm_status status) {
     s->running = false;
     s->n_rows = 0;
     s->status = llm__ctx_tell_ranks(ctx, status);
-    ctx->runs[s->desc.seq] = false;
+    ctx->runs[s->desc.seq] = ctx->gives[s->desc.seq] = false;
     if (ctx->picked_at[s->desc.seq]) ctx->picked_at[s->desc.seq] = ++ctx->clock;
 }
 
@@ -29577,11 +29718,19 @@ static void llm__stream_finish(llm_stream *s, llm_stop stop) {
 
 /* ---- Beginning ---- */
 
-/* Blocks that the running streams will take for the rest of their prompts. */
+/* Blocks that the rest of a prompt will take. Notes whether it counts on blocks that its sequence gives back. */
+static int llm__stream_needs(const llm_stream *s) {
+    llm_context *ctx = s->ctx;
+    int n = s->n_ids - s->n_read, needed = llm__seq_needs(ctx, s->desc.seq, n);
+    ctx->gives[s->desc.seq] = needed < llm__cache_needs(&ctx->cache, s->desc.seq, n);
+    return needed;
+}
+
+/* The same for those of all running streams. */
 static int64_t llm__stream_promised(const llm_context *ctx) {
     int64_t n = 0;
     for (const llm_stream *s = ctx->streams; s; s = s->next)
-        if (s->running) n += llm__cache_needs(&ctx->cache, s->desc.seq, s->n_ids - s->n_read);
+        if (s->running) n += llm__stream_needs(s);
     return n;
 }
 
@@ -29609,10 +29758,11 @@ static void llm__stream_take_sequence(llm__env *env, llm_stream *s) {
     ctx->picked_at[*seq] = any ? ++ctx->clock : 0;
     llm__gen_shift(env, s, llm__stream_promised(ctx));
     llm__gen_reuse(s);
-    int64_t needed = llm__cache_needs(&ctx->cache, *seq, s->n_ids - s->n_read), promised = llm__stream_promised(ctx);
+    int64_t needed = llm__stream_needs(s), promised = llm__stream_promised(ctx);
     ctx->runs[*seq] = true; /* so that it is not dropped to make room for itself */
     bool room = llm__seq_make_room(ctx, needed + promised);
     ctx->runs[*seq] = room;
+    ctx->gives[*seq] = room && ctx->gives[*seq];
     if (!room)
         llm__fail(env, LLM_ERROR_CONTEXT_FULL,
                   "the prompt needs %lld positions of the cache, but %lld are free (n_cache)",
@@ -29679,7 +29829,7 @@ static bool llm__stream_waits(const llm_stream *s) {
     for (const llm_stream *older = s->ctx->streams; older != s; older = older->next) {
         int same = 0, most = llm__gen_first_logits(s);
         if (older->n_ids < most) most = older->n_ids;
-        if (!older->running || !llm__stream_is_reading(older)) continue;
+        if (!older->running || !llm__stream_is_reading(older) || s->ctx->gives[older->desc.seq]) continue;
         while (same < most && older->ids[same] == s->ids[same]) same++;
         if (same > older->n_read && same >= s->n_read + LLM__SEQ_WORTH_SHARING) return true;
     }
@@ -29692,7 +29842,7 @@ static void llm__stream_check_room(llm__stream_pass *p) {
     for (llm_stream *s = ctx->streams; s; s = s->next) {
         if (!s->running || !llm__stream_is_reading(s)) continue;
         if (!s->started && llm__stream_takes_part(p, s)) llm__gen_reuse(s); /* more may be there than when it began */
-        int needed = llm__cache_needs(&ctx->cache, s->desc.seq, s->n_ids - s->n_read);
+        int needed = llm__stream_needs(s);
         if (llm__seq_make_room(ctx, (int64_t)p->n_promised + needed)) {
             p->n_promised += needed;
             continue;

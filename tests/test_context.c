@@ -565,11 +565,12 @@ static void test_success_clears_error(void **state) {
 
 /* ---- Random operations, compared with plain arrays of tokens ---- */
 
-enum { N_SEQ = 6, N_CTX = 320, N_CACHE = 640, N_STEPS = 10000 };
+enum { N_SEQ = 6, N_CTX = 320, N_STEPS = 10000 };
 
 typedef struct shadow {
     llm_token tokens[N_SEQ][N_CTX];
-    int lengths[N_SEQ];
+    int lengths[N_SEQ], longest[N_SEQ]; /* the longest that it, or what it was forked from, has been */
+    int window, n_cache;
     uint32_t random;
 } shadow;
 
@@ -587,12 +588,26 @@ static void assert_shadow(const llm_context *ctx, const shadow *s) {
     }
 }
 
-/* Number of positions needed if no blocks were shared, rounded up to whole blocks. */
+/* Number of positions needed if no blocks were shared, rounded up to whole blocks, without those that can be given
+   back. */
 static int unshared(const shadow *s, const int *more) {
     int n = 0;
-    for (int i = 0; i < N_SEQ; i++)
-        n += (s->lengths[i] + more[i] + LLM_CACHE_BLOCK - 1) / LLM_CACHE_BLOCK * LLM_CACHE_BLOCK;
+    for (int i = 0; i < N_SEQ; i++) {
+        int end = (s->lengths[i] + more[i] + LLM_CACHE_BLOCK - 1) / LLM_CACHE_BLOCK,
+            first = s->window ? (s->lengths[i] - s->window) / LLM_CACHE_BLOCK - 1 : 0;
+        n += (end - (first > 0 ? first : 0)) * LLM_CACHE_BLOCK;
+    }
     return n;
+}
+
+/* A sequence may be refused a shorter length if blocks before its window may have been given back. */
+static bool must_be_held(const shadow *s, int seq, int length) {
+    return !s->window || !length || length >= s->longest[seq] - LLM_CACHE_BLOCK || s->longest[seq] <= s->window;
+}
+
+static void set_length(shadow *s, int seq, int length, int longest) {
+    s->lengths[seq] = length;
+    s->longest[seq] = length ? longest : 0;
 }
 
 /* Appends random tokens to one to three sequences. */
@@ -611,25 +626,35 @@ static void step_append(llm_context *ctx, llm_context *own, shadow *s, bool chec
     llm_status status = llm_forward(ctx, &(llm_batch){n, tokens, seqs, NULL}, NULL);
     if (status) {
         assert_int_equal(status, LLM_ERROR_CONTEXT_FULL);
-        assert_true(!fits || unshared(s, more) > N_CACHE);
+        assert_true(!fits || unshared(s, more) > s->n_cache);
         return;
     }
     assert_true(fits);
     for (int i = 0; i < n; i++) s->tokens[seqs[i]][s->lengths[seqs[i]]++] = tokens[i];
+    for (int i = 0; i < N_SEQ; i++)
+        if (s->longest[i] < s->lengths[i]) s->longest[i] = s->lengths[i];
     if (check && more[first]) assert_logits(ctx, last, first, own);
 }
 
 static void step_fork(llm_context *ctx, shadow *s) {
     int seq = below(s, N_SEQ), parent = below(s, N_SEQ), length = below(s, s->lengths[parent] + 1);
-    assert_int_equal(llm_seq_fork(ctx, seq, parent, length, NULL), LLM_OK);
+    llm_status status = llm_seq_fork(ctx, seq, parent, length, NULL);
+    if (status) {
+        assert_int_equal(status, LLM_ERROR_CONTEXT_FULL);
+        assert_false(must_be_held(s, parent, length));
+        return;
+    }
     if (seq != parent) memcpy(s->tokens[seq], s->tokens[parent], (size_t)length * sizeof(llm_token));
-    s->lengths[seq] = length;
+    set_length(s, seq, length, s->longest[parent]);
 }
 
 static void step_truncate(llm_context *ctx, shadow *s) {
     int seq = below(s, N_SEQ), length = below(s, 3) ? below(s, s->lengths[seq] + 1) : 0;
-    assert_int_equal(llm_seq_truncate(ctx, seq, length, NULL), LLM_OK);
-    s->lengths[seq] = length;
+    llm_status status = llm_seq_truncate(ctx, seq, length, NULL);
+    if (status) {
+        assert_int_equal(status, LLM_ERROR_CONTEXT_FULL);
+        assert_false(must_be_held(s, seq, length));
+    } else set_length(s, seq, length, s->longest[seq]);
 }
 
 static void step_restore(llm_context *ctx, shadow *s) {
@@ -638,20 +663,24 @@ static void step_restore(llm_context *ctx, shadow *s) {
     void *buffer = save(ctx, from, &size);
     if (llm_seq_restore(ctx, to, buffer, size, NULL) == LLM_OK) {
         if (from != to) memcpy(s->tokens[to], s->tokens[from], (size_t)s->lengths[from] * sizeof(llm_token));
-        s->lengths[to] = s->lengths[from];
+        set_length(s, to, s->lengths[from], s->longest[from]);
     }
     free(buffer);
 }
 
-static void test_random_operations(void **state) {
+/* window 0: none */
+static void random_operations(int window, int n_cache) {
+    tiny_window = window;
     llm_model *model = load(1);
-    llm_context_desc desc = {.n_ctx = N_CTX, .n_seq = N_SEQ, .n_cache = N_CACHE, .n_batch = 50, .n_threads = 1},
+    tiny_window = 0;
+    llm_context_desc desc = {.n_ctx = N_CTX, .n_seq = N_SEQ, .n_cache = n_cache, .n_batch = 50, .n_threads = 1},
                      one = {.n_ctx = N_CTX, .n_threads = 1};
     llm_context *ctx = create_context(model, &desc), *own = create_context(model, &one);
     shadow *s = (shadow *)calloc(1, sizeof *s);
-    (void)state;
     assert_non_null(s);
     s->random = 987654321;
+    s->window = window;
+    s->n_cache = n_cache;
     for (int i = 0; i < N_STEPS; i++) {
         int what = below(s, 10);
         if (what < 5) step_append(ctx, own, s, i % 20 == 0);
@@ -661,12 +690,21 @@ static void test_random_operations(void **state) {
         assert_shadow(ctx, s);
     }
     for (int i = 0; i < N_SEQ; i++) assert_int_equal(llm_seq_truncate(ctx, i, 0, NULL), LLM_OK);
-    for (int i = 0; i < N_CACHE / N_CTX; i++) must_append(ctx, i, i, 0, N_CTX); /* all blocks must be free again */
-    assert_int_equal(append(ctx, 2, 0, 0, 1, NULL), LLM_ERROR_CONTEXT_FULL);
+    assert_int_equal(llm_context_n_free(ctx), n_cache);
+    for (int i = 0; i < n_cache / N_CTX; i++) must_append(ctx, i, i, 0, N_CTX); /* all blocks must be free again */
+    if (!window) assert_int_equal(append(ctx, 2, 0, 0, 1, NULL), LLM_ERROR_CONTEXT_FULL);
     free(s);
     llm_context_free(ctx);
     llm_context_free(own);
     llm_model_free(model);
+}
+
+static void test_random_operations(void **state) {
+    (void)state;
+    random_operations(0, 2 * N_CTX);
+    random_operations(1, 480);
+    random_operations(20, 512);
+    random_operations(70, 640);
 }
 
 /* ---- Getters ---- */

@@ -263,7 +263,7 @@ static void test_arguments(void **state) {
     append(ctx, 0, text + 40, 30);
     bytes again = save(ctx, 0);
     assert_int_equal(before.n, again.n);
-    assert_memory_equal(before.at, again.at, 48 + 70 * sizeof(llm_token)); /* the same, and not marked */
+    assert_memory_equal(before.at, again.at, 56 + 70 * sizeof(llm_token)); /* the same, and not marked */
     shift(ctx, 0, 0, 70);                                                  /* all */
     assert_int_equal(llm_seq_length(ctx, 0), 0);
     assert_int_equal(llm_context_n_free(ctx), llm_context_n_cache(ctx));

@@ -107,6 +107,7 @@ static void tiny_byte_piece(int byte, char out[3]) {
 }
 
 static const char *tiny_start = "<|start|>"; /* the text of BOS; a test may set another */
+static int tiny_window;                      /* a sliding window in positions, which a test may set; 0: none */
 
 static void tiny_vocabulary(tiny_file *f, const tiny_spec *s) {
     int n = 256 + s->n_extra;
@@ -301,7 +302,7 @@ static uint8_t *tiny_padded(const tiny_spec *s, int n_padding, size_t *size) {
     tiny_put(&f, "GGUF", 4);
     tiny_u32(&f, 3);
     tiny_u64(&f, (uint64_t)(2 + 9 * s->n_layers + s->untied));
-    tiny_u64(&f, 20);
+    tiny_u64(&f, tiny_window ? 21 : 20);
     tiny_key_str(&f, "general.architecture", "llama");
     tiny_key_str(&f, "general.name", "tiny");
     tiny_key_u32(&f, "llama.block_count", (uint32_t)s->n_layers);
@@ -312,6 +313,7 @@ static uint8_t *tiny_padded(const tiny_spec *s, int n_padding, size_t *size) {
     tiny_key_u32(&f, "llama.attention.key_length", (uint32_t)s->head_dim);
     tiny_key_u32(&f, "llama.attention.value_length", (uint32_t)s->head_dim);
     tiny_key_u32(&f, "llama.context_length", (uint32_t)s->n_ctx);
+    if (tiny_window) tiny_key_u32(&f, "llama.attention.sliding_window", (uint32_t)tiny_window);
     tiny_key_f32(&f, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
     tiny_key_f32(&f, "llama.rope.freq_base", 10000.0f);
     tiny_vocabulary(&f, s);
