@@ -2,7 +2,8 @@
 
     build/quantize IN OUT              a Hugging Face directory to one with int8 weights
     build/quantize [--calibrate TEXT] IN OUT.gguf TYPE
-                                       a GGUF file or Hugging Face directory to a GGUF file; TYPE is for example Q8_0
+                                       a GGUF file or Hugging Face directory to a GGUF file; TYPE is for example Q8_0.
+                                       Only GGUF files hold weights in blocks
     build/quantize --sparse 2:4 [--calibrate TEXT] IN OUT [bf16|int8]
                                        a Hugging Face directory to one in which, of each four weights, the two of
                                        smaller magnitude are zero
@@ -79,9 +80,31 @@ static llm_status check_absent(const char *to, llm_error *err) {
     return exists ? explain(err, LLM_ERROR_IO, "this exists already, and is not replaced", to) : LLM_OK;
 }
 
+/* A TYPE means a GGUF file, and no TYPE a directory. The name of OUT must say the same. */
+static llm_status check_name(const char *to, const char *type, llm_error *err) {
+    const char *end = strrchr(to, '.');
+    const bool is_gguf = end && !strcmp(end, ".gguf");
+    if (type && !is_gguf)
+        return explain(
+            err, LLM_ERROR_ARGUMENT,
+            "with a TYPE the output is a GGUF file, whose name must end in .gguf. A directory with safetensors "
+            "cannot hold blocks such as Q4_K; without a TYPE its weights become int8",
+            to);
+    if (!type && is_gguf)
+        return explain(err, LLM_ERROR_ARGUMENT,
+                       "the output is a directory with safetensors here; a GGUF file needs a TYPE, such as Q4_K_M", to);
+    return LLM_OK;
+}
+
+static llm_status quantize_directory(const char *from, const char *to, llm_error *err) {
+    llm_status status = check_name(to, NULL, err);
+    return status ? status : llm_quantize_directory(from, to, NULL, err);
+}
+
 static llm_status prune(const char *from, const char *to, llm_dtype dtype, const char *text, llm_error *err) {
     llm_importance *importance = NULL;
-    llm_status status = text ? check_absent(to, err) : LLM_OK;
+    llm_status status = check_name(to, NULL, err);
+    if (!status && text) status = check_absent(to, err);
     if (!status) status = calibrate(&importance, from, text, err);
     if (!status) status = llm_prune_directory(from, to, dtype, importance, NULL, err);
     llm_importance_free(importance);
@@ -96,8 +119,8 @@ static bool stop(void *user, float done) {
 static llm_status write_gguf(const char *from, const char *to, const char *type, const char *text, llm_error *err) {
     llm_quantize_desc desc = {.type = type};
     llm_importance *importance = NULL;
-    llm_status status = LLM_OK;
-    if (text) { /* before a calibration of minutes: is anything wrong with OUT or TYPE? */
+    llm_status status = check_name(to, type, err);
+    if (!status && text) { /* before a calibration of minutes: is anything wrong with OUT or TYPE? */
         desc.host.progress = stop;
         status = llm_quantize_gguf(from, to, &desc, err);
         if (status == LLM_ERROR_CANCELLED) status = LLM_OK;
@@ -149,7 +172,7 @@ int main(int argc, char **argv) {
     } else if (!strcmp(option, "--check") && argc == 3) {
         status = check(argv[2], &err);
     } else if (!*option && argc == 3) {
-        status = llm_quantize_directory(argv[1], argv[2], NULL, &err);
+        status = quantize_directory(argv[1], argv[2], &err);
     } else if ((!*option || text) && argc == 4) {
         status = write_gguf(argv[1], argv[2], argv[3], text, &err);
     } else {

@@ -41,9 +41,12 @@ fails_before_calibrating() {
 awk 'BEGIN { for (i = 0; i < 100; i++) print "a b a b b a a b" }' >"$folder/text"
 gguf=tests/golden/hf/gqa.gguf
 mkdir "$folder/there"
+touch "$folder/there.gguf"
 check "quantize checks the type first" fails_before_calibrating Q9_K --calibrate "$folder/text" $gguf "$folder/out.gguf" Q9_K
-check "quantize checks the file first" fails_before_calibrating exists --calibrate "$folder/text" $gguf "$folder/text" Q8_0
+check "quantize checks the file first" fails_before_calibrating exists --calibrate "$folder/text" $gguf "$folder/there.gguf" Q8_0
 check "quantize checks the directory first" fails_before_calibrating exists --sparse 2:4 --calibrate "$folder/text" tests/golden/sparse/dense "$folder/there"
 calibrates() { "$quantize" --calibrate "$folder/text" $gguf "$folder/out.gguf" Q8_0 >"$log" 2>&1 && grep -q calibrated "$log" && [ -s "$folder/out.gguf" ]; }
 check "quantize calibrates" calibrates
+check "quantize explains that directories hold no blocks" fails_saying "cannot hold blocks" "$quantize" $gguf "$folder/out" Q4_K_M
+check "quantize explains that a GGUF file needs a type" fails_saying "needs a TYPE" "$quantize" tests/golden/hf/gqa "$folder/new.gguf"
 finish

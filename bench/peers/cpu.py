@@ -63,8 +63,9 @@ def model_file(args, kind):
 
 def ours(args, weights):
     file = model_file(args, FILES[weights])
-    [got] = json.loads(run([TOP / "build" / "bench", "-m", file, "--dtype", "bf16" if weights == "bf16" else "file", "-p", args.prompt, "-n", args.new,
-                            "-t", args.threads, "-r", 1, "-o", "json"]))
+    dtype = "bf16" if weights == "bf16" else "file"
+    [got] = json.loads(run([TOP / "build" / "bench", "-m", file, "--dtype", dtype, "-p", args.prompt, "-n", args.new, "-t",
+                            args.threads, "-r", 1, "-o", "json"]))
     keep = ("isa", "prefill_tok_s", "decode_tok_s", "bandwidth_gb_s", "gflop_s", "decode_mbu", "prefill_mfu", "load_s")
     return {"program": "llm.h", "file": file.name} | {key: got[key] for key in keep}
 

@@ -61,14 +61,14 @@ def bars(axes, medians, column, limit, title, limit_name):
         at = [x + (i - (len(programs) - 1) / 2) * step for x, _ in drawn_kinds]
         heights = [medians[column][program, weights] for _, weights in drawn_kinds]
         drawn = axes.bar(at, heights, width=step * 0.93, color=COLOURS[program], label=program)
-        axes.bar_label(drawn, [f"{height:.0f}" for height in heights], fontsize=8, padding=2, zorder=3,
-                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0})
-    axes.set_xticks(range(len(kinds)), [NAMES[weights] for weights in kinds])
+        axes.bar_label(drawn, [f"{height:.0f}" for height in heights], fontsize=8, padding=3, zorder=3,
+                       rotation=90 if len(programs) > 3 else 0, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0})
+    axes.set_xticks(range(len(kinds)), [NAMES[weights].replace(" (", "\n(") for weights in kinds])
     for x, weights in enumerate(kinds):
         axes.hlines(medians[limit]["llm.h", weights], x - 0.4, x + 0.4, colors="black", linestyles="dashed",
                     label=None if x else limit_name)
-    axes.margins(y=0.25)
-    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    axes.margins(y=0.1)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=3, frameon=False, fontsize=8)
     axes.set_ylabel("tokens per second")
     axes.set_title(title)
     for side in ("top", "right"):
@@ -78,7 +78,7 @@ def bars(axes, medians, column, limit, title, limit_name):
 def main(source, target):
     machine, medians = read(source)
     table(medians)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4))
     bars(left, medians, "decode_tok_s", "decode_limit", "Decode", "llm.h's limit: its weights and cache only read")
     bars(right, medians, "prefill_tok_s", "prefill_limit", "Prefill", "llm.h's limit: the measured rate of multiplication")
     figure.text(0.5, 0.01, machine, ha="center", fontsize=7, color="gray")
