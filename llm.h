@@ -31784,9 +31784,9 @@ typedef struct LLM__FN(operands) {
 } LLM__FN(operands);
 
 /* The sums over one block of TILES tiles. Even and odd weights are two chains of sums. With several rows the products
-   take so long that the hardware prefetcher falls behind. So we prefetch 16 KiB ahead into the L2 cache; 4 rows of bf16
-   then take as long as one (Zen 4, two cores). Integers also take longer: for them we prefetch 8 KiB ahead, and 2 KiB
-   ahead into the L1 cache (a tenth faster on Granite Rapids). */
+   take so long that the hardware prefetcher falls behind. So we prefetch 16 KiB ahead into the L2 cache, and 4 KiB ahead
+   into the L1 cache; 4 rows of bf16 then take as long as one (Zen 4, two cores). Integers take longer: for them it is 8
+   and 2 KiB (a tenth faster on Granite Rapids). */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE,
                                 LLM__FN(operands) in, V *sum) {
     const int QUARTER = LLM__FN(inputs) / 4,
@@ -31798,7 +31798,7 @@ LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weig
     for (const uint8_t *end = in.w + 4 * quarter; in.w < end; in.w += quarter, in.x += LLM__FN(inputs) / 4) {
         LLM__UNROLL for (size_t line = 0; line < fetched; line += 64) {
             __builtin_prefetch(in.w + line + later, 0, 2);
-            if (KIND != LLM__W_BF16) __builtin_prefetch(in.w + line + 2048);
+            __builtin_prefetch(in.w + line + later / 4);
         }
         for (int first = 0; first < QUARTER; first += AT_ONCE)
             LLM__UNROLL for (int j = first; j < first + AT_ONCE; j += 2) {
