@@ -969,10 +969,10 @@ typedef struct llm_generate_desc {
 
     /* With keep_free: the turns that stay are moved by llm_seq_shift, if the sequence holds them, and are not computed
        again. llm_seq_shift says how the results differ. Fewer than LLM_CACHE_BLOCK / 2 tokens are computed again; so
-       are all if there is no room for copies of the blocks that a fork shares. What was moved before is reused only by
-       a call with `shift`, with or without keep_free; llm_stats.n_reused counts it. `seq` must name a sequence: those
-       behind LLM_SEQ_ANY serve all texts, and must not depend on one of them. A backend that cannot shift refuses this
-       with LLM_ERROR_UNSUPPORTED. */
+       are all if there is no room for copies of the blocks that a fork shares, or if blocks before a sliding window
+       were given back. What was moved before is reused only by a call with `shift`, with or without keep_free;
+       llm_stats.n_reused counts it. `seq` must name a sequence: those behind LLM_SEQ_ANY serve all texts, and must not
+       depend on one of them. A backend that cannot shift refuses this with LLM_ERROR_UNSUPPORTED. */
     bool shift;
 
     int seq;                         /* the sequence to use, or LLM_SEQ_ANY */
@@ -21728,8 +21728,7 @@ static llm_status llm__seq_remove(llm_context *ctx, int seq, int begin, int n, i
                           "sequence %d shares %d positions of the cache that the shift would change; there is no room "
                           "for copies (n_cache)",
                           seq, needed * LLM_CACHE_BLOCK);
-    llm_status status =
-        llm__seq_check_shift(ctx, seq, begin, n, err); /* now, since room may have come from its blocks */
+    llm_status status = llm__seq_check_shift(ctx, seq, begin, n, err); /* the room may have come from its blocks */
     if (status) return status;
     for (int i = begin / LLM_CACHE_BLOCK; i < llm__cache_blocks_for(length) && begin < length && !status;
          i++, place = 0) {
@@ -29344,9 +29343,9 @@ static llm__gen_gap llm__gen_find_gap(const llm_stream *s) {
 }
 
 /* Turns were left out of the prompt. If the sequence holds those that stay, they are moved to their new positions. If
-   there is no room for that, they are computed. n_spare blocks are promised to others. */
+   there is no room for that, or blocks were given back, they are computed. n_spare blocks are promised to others. */
 static void llm__gen_shift(llm__env *env, llm_stream *s, int64_t n_spare) {
-    if (!s->desc.shift || !s->stats.n_left_out) return;
+    if (!s->desc.shift || !s->stats.n_left_out || s->ctx->cache.n_given[s->desc.seq]) return;
     llm__gen_gap gap = llm__gen_find_gap(s);
     if (!gap.kept) return;
     llm__cache_truncate(&s->ctx->cache, s->desc.seq, gap.begin + gap.n + gap.kept);

@@ -203,6 +203,42 @@ static void test_generate(void **state) {
     llm_model_free(model);
 }
 
+/* A conversation whose oldest turns are left out: what stays cannot be moved to its new place, because some of it was
+   given back. So it is computed again. */
+static void test_conversation(void **state) {
+    llm_model *model = load(LLM_DTYPE_F32);
+    llm_context_desc desc = {.n_ctx = 512, .n_batch = N_BATCH, .n_threads = 1}, small = desc;
+    small.n_cache = ONE;
+    llm_context *ctx = create_context(model, &small), *large = create_context(model, &desc);
+    llm_message messages[9];
+    char texts[9][80];
+    int n_left_out = 0;
+    static answer a, b;
+    (void)state;
+    for (int i = 0; i < 9; i++) {
+        snprintf(texts[i], sizeof texts[i], "the text of message %d, which has a few words more", i);
+        messages[i] = (llm_message){i % 2 ? "assistant" : "user", texts[i]};
+    }
+    for (int n = 1; n <= 9; n += 2) {
+        llm_generate_desc shifted = describe(NULL, 0, 0, &a);
+        shifted.messages = messages;
+        shifted.n_messages = n;
+        shifted.keep_free = 140;
+        shifted.max_tokens = 130;
+        llm_generate_desc plain = shifted;
+        shifted.shift = true;
+        plain.user = memset(&b, 0, sizeof b);
+        generate(ctx, shifted, &a);
+        generate(large, plain, &b);
+        assert_same_answer(&a, &b);
+        n_left_out += a.stats.n_left_out;
+    }
+    assert_true(n_left_out > 0);
+    llm_context_free(ctx);
+    llm_context_free(large);
+    llm_model_free(model);
+}
+
 /* After a cancelled prompt, the same call goes on from its last whole pass. */
 static bool is_zero(void *user) { return --*(int *)user < 0; }
 
@@ -468,9 +504,10 @@ static void test_score(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_long_texts), cmocka_unit_test(test_long_batch), cmocka_unit_test(test_generate),
-        cmocka_unit_test(test_cancelled),  cmocka_unit_test(test_streams),    cmocka_unit_test(test_drafts),
-        cmocka_unit_test(test_room),       cmocka_unit_test(test_cut_back),   cmocka_unit_test(test_forks),
-        cmocka_unit_test(test_saved),      cmocka_unit_test(test_order),      cmocka_unit_test(test_score)};
+        cmocka_unit_test(test_long_texts),   cmocka_unit_test(test_long_batch), cmocka_unit_test(test_generate),
+        cmocka_unit_test(test_conversation), cmocka_unit_test(test_cancelled),  cmocka_unit_test(test_streams),
+        cmocka_unit_test(test_drafts),       cmocka_unit_test(test_room),       cmocka_unit_test(test_cut_back),
+        cmocka_unit_test(test_forks),        cmocka_unit_test(test_saved),      cmocka_unit_test(test_order),
+        cmocka_unit_test(test_score)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
