@@ -877,7 +877,7 @@ typedef struct llm_context_desc {
     /* Cache positions of all sequences; 0: n_ctx * n_seq. See llm_context_n_free. If the model has a sliding window
        (llm_model_info.window), blocks that lie wholly before it are given back when room is needed. So window + n_batch
        + 3 * LLM_CACHE_BLOCK positions are enough for a sequence of any length. But the tokens of one llm_forward must
-       have room together; in a pipeline those of a whole prompt, too. */
+       have room together, and so must those of a question of llm_score; in a pipeline also those of a whole prompt. */
     int n_cache;
     /* Max tokens of one pass; longer batches take several; 0: 512. On a GPU the logits of a token depend a little on
        the size of its pass if that is above 16 tokens; n_batch = 16 prevents it. */
@@ -1019,7 +1019,7 @@ enum { LLM_DRAFT_MAX = 15 }; /* max guesses that one pass can check */
 /* Instead of a sequence's number in llm_generate_desc: the library picks one that is empty or that it picked before and
    nobody uses now. What such a sequence holds is kept, so that prompts that begin like it start from there. When room
    is needed, the one that was used the longest time ago is cut from its end. A sequence that the host names in a call
-   is the host's, and is not touched. */
+   is the host's, and is not cut. Blocks before a sliding window go first, the host's too (see llm_seq_truncate). */
 enum { LLM_SEQ_ANY = -2 };
 
 typedef struct llm_draft_stats {
@@ -21722,13 +21722,15 @@ static llm_status llm__seq_remove(llm_context *ctx, int seq, int begin, int n, i
     const int *table = llm__cache_table(cache, seq);
     int length = cache->lengths[seq] - n, place = begin % LLM_CACHE_BLOCK, needed;
     if (n == 0) return LLM_OK;
+    llm_status status = llm__seq_check_shift(ctx, seq, begin, n, err);
+    if (status) return status;
     needed = begin < length ? llm__cache_shared(cache, seq, begin, length) : 0;
     if (needed && !llm__seq_make_room(ctx, needed + n_spare))
         return llm__error(err, LLM_ERROR_CONTEXT_FULL,
                           "sequence %d shares %d positions of the cache that the shift would change; there is no room "
                           "for copies (n_cache)",
                           seq, needed * LLM_CACHE_BLOCK);
-    llm_status status = llm__seq_check_shift(ctx, seq, begin, n, err); /* the room may have come from its blocks */
+    status = llm__seq_check_shift(ctx, seq, begin, n, err); /* again: the room may have come from its own blocks */
     if (status) return status;
     for (int i = begin / LLM_CACHE_BLOCK; i < llm__cache_blocks_for(length) && begin < length && !status;
          i++, place = 0) {

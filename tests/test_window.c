@@ -372,8 +372,9 @@ static void test_cut_back(void **state) {
         assert_full(llm_seq_truncate(ctx, 0, least - 1, &err), &err, "sliding window");
         assert_full(llm_seq_truncate(ctx, 0, 1, &err), &err, "sliding window");
         assert_full(llm_seq_fork(ctx, 0, 0, 1, &err), &err, "sliding window");
+        assert_full(llm_seq_shift(ctx, 0, 10, 20, &err), &err, "sliding window"); /* whether blocks are shared */
         assert_int_equal(llm_seq_truncate(ctx, 1, 0, NULL), LLM_OK);
-        assert_full(llm_seq_shift(ctx, 0, 10, 20, &err), &err, "sliding window");
+        assert_full(llm_seq_shift(ctx, 0, 10, 20, &err), &err, "sliding window"); /* or not */
         assert_int_equal(llm_seq_length(ctx, 0), length);
         grow(large, 0, 0, 0, length);
         assert_goes_on(ctx, 0, large, 0, 0, length);
