@@ -17665,6 +17665,15 @@ static void llm__rope_heads(const llm__cpu_context *c, int index, int layer, int
     }
 }
 
+/* x += factor * the bias of a key head; factor is 1 or -1. The cache holds rotated keys minus this bias, since softmax
+   does not change if the same vector is subtracted from all keys of a head. Qwen2's bias is so large that 8 bits of the
+   sum would hold little of the key. Rotated, it hardly changes: most of it is where RoPE turns slowly. */
+static void llm__cache_add_bias(const llm__cpu_context *c, int layer, int head, float factor, float *x) {
+    const llm_backend_shape *s = &c->model->shape;
+    const float *bias = c->model->layers[layer].qkv_bias + (s->n_heads + head) * s->head_dim;
+    for (int d = 0; d < s->head_dim; d++) x[d] += factor * bias[d];
+}
+
 /* The query heads that share a key head. Of the first and the last key head, other ranks may have some of them. */
 static llm_backend_range llm__attn_head_queries(const llm__cpu_model *m, int head) {
     llm_backend_range heads;
@@ -17682,10 +17691,11 @@ static void llm__rope_group(const llm__cpu_context *c, int index, int layer, int
     const llm_backend_range shared = llm__attn_head_queries(c->model, head);
     int key = s->n_heads + head, value = key + s->n_kv_heads;
     int at = pass->positions[r], block = llm__fwd_pass_block(pass, r);
-    const float *row = c->qkv + (size_t)r * c->qkv_stride;
+    float *row = c->qkv + (size_t)r * c->qkv_stride;
     if (queries) llm__rope_heads(c, index, layer, r, r, shared.first, shared.first + shared.n);
     llm__rope_heads(c, index, layer, r, r, key, key + 1);
     llm__rope_heads(c, index, layer, r, r, value, value + 1);
+    if (s->qkv_bias) llm__cache_add_bias(c, layer, head, -1, row + key * s->head_dim);
     llm__cache_store(c, layer, 0, head, block, at % LLM_CACHE_BLOCK, row + key * s->head_dim);
     llm__cache_store(c, layer, 1, head, block, at % LLM_CACHE_BLOCK, row + value * s->head_dim);
 }
@@ -18452,7 +18462,9 @@ static void llm__cache_move_task(void *arg, int index) {
                 from = m->blocks[(m->from + i) / LLM_CACHE_BLOCK], from_place = (m->from + i) % LLM_CACHE_BLOCK;
             keys.data = llm__cache_block(c, layer, 0, head, from);
             llm__matrix_get_row(&keys, (size_t)from_place, key);
+            if (s->qkv_bias) llm__cache_add_bias(c, layer, head, 1, key);
             c->model->kernels->rope(key, c->cosines, c->sines, s->rope_dim / 2);
+            if (s->qkv_bias) llm__cache_add_bias(c, layer, head, -1, key);
             llm__cache_store(c, layer, 0, head, to, to_place, key);
             llm__cache_move_value(c, llm__cache_block(c, layer, 1, head, to), to_place,
                                   llm__cache_block(c, layer, 1, head, from), from_place);
