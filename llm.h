@@ -10032,6 +10032,11 @@ typedef struct llm__special_set {
     uint8_t starts[256]; /* bit 1: a user-defined token starts with this byte; bit 2: another special token does */
 } llm__special_set;
 
+/* The text of a token that is short and not special. Decoding copies all of it, with a single look at memory. */
+typedef struct llm__vocab_short_text {
+    uint8_t bytes[LLM__PIECE_COPY - 1], n; /* n = LLM__PIECE_COPY: the text is longer, or the token is special */
+} llm__vocab_short_text;
+
 struct llm_tokenizer {
     llm__pool own; /* holds the tokenizer if it was loaded alone */
     llm_host host;
@@ -10041,12 +10046,11 @@ struct llm_tokenizer {
     llm__vocab_prefix prefix;
     int n_vocab;
     llm_token bos, eos, unk;
-    llm_token first_shown; /* from this id on, n_shown tokens are not special: most tokens of a vocabulary */
-    uint32_t n_shown;
     uint16_t *flags;   /* [n_vocab]                                                      */
     uint8_t *whole;    /* [n_vocab] llm__bpe_whole; found out when first needed          */
     uint32_t *offsets; /* [n_vocab + 1] into bytes                                       */
     uint8_t *bytes;
+    llm__vocab_short_text *short_texts; /* [n_vocab] what decoding shows of most tokens */
     llm__vocab_piece_slot *pieces;
     size_t piece_mask, longest_piece;
     llm__bpe_pair_slot *pairs;
@@ -10284,6 +10288,89 @@ static size_t llm__bpe_merge_by_heap(llm__env *env, const llm_tokenizer *t, llm_
     llm__free(env->pool, h.items);
     for (uint32_t i = 0; i != LLM__NO_PLACE; i = s[i].next) s[count++] = s[i];
     return count;
+}
+
+/* A short word that is merged in turns with others. For a word alone, llm__bpe_merge_few is faster. Symbols keep their
+   places, from 1 on; `live` has the bits of those that are left, and of LLM__NONE before and behind them. merges[i] is
+   what the symbol at i and the next one merge to: the rank above 32 bits, the place above 24 bits, and the token. So
+   the lowest is the leftmost merge of the lowest rank. */
+typedef struct llm__bpe_few {
+    uint64_t merges[LLM__SHORT_WORD + 2];
+    llm_token ids[LLM__SHORT_WORD + 2];
+    uint64_t live;
+    int n, at, before; /* at, before: the merges of these symbols must be looked up */
+    const llm__bpe_pair_slot *at_slot, *before_slot;
+} llm__bpe_few;
+
+static inline uint64_t llm__bpe_few_key(llm__bpe_merge_to to, int i) {
+    return (uint64_t)to.rank << 32 | (uint64_t)i << 24 | ((uint32_t)to.merged & 0xFFFFFF);
+}
+
+static void llm__bpe_few_begin(const llm_tokenizer *t, llm__bpe_few *f, const llm__bpe_symbol *s, size_t n) {
+    f->ids[0] = f->ids[n + 1] = LLM__NONE;
+    f->merges[0] = f->merges[n] = UINT64_MAX;
+    for (size_t i = 0; i < n; i++) f->ids[i + 1] = s[i].id;
+    for (size_t i = 1; i < n; i++)
+        f->merges[i] = llm__bpe_few_key(llm__bpe_find_pair(t, f->ids[i], f->ids[i + 1]), (int)i);
+    f->live = ((uint64_t)4 << n) - 1;
+    f->n = (int)n;
+}
+
+static inline int llm__bpe_few_next(const llm__bpe_few *f, int i) {
+    return __builtin_ctzll(f->live & ~(uint64_t)1 << i);
+}
+
+/* The slot where the search for the merge of two tokens begins, which is prefetched. */
+static inline const llm__bpe_pair_slot *llm__bpe_few_slot(const llm_tokenizer *t, llm_token left, llm_token right) {
+    static const llm__bpe_pair_slot none = {LLM__NONE, LLM__NONE, LLM__NONE, LLM__NO_RANK};
+    const uint64_t h = llm__bpe_pair_hash(left, right);
+    const size_t bit = llm__bpe_pair_bit(t, h);
+    const llm__bpe_pair_slot *const slots[2] = {&none, &t->pairs[h & t->pair_mask]};
+    __builtin_prefetch(slots[1]);
+    return slots[t->pair_filter[bit / 8] >> bit % 8 & 1];
+}
+
+/* Does the leftmost merge of the lowest rank. The merges with its neighbours are prefetched, and must be looked up
+   then. False: nothing merges. */
+static inline bool llm__bpe_few_merge(const llm_tokenizer *t, llm__bpe_few *f) {
+    uint64_t best = UINT64_MAX;
+    for (int i = 1; i < f->n; i++) best = f->merges[i] < best ? f->merges[i] : best;
+    if (best >> 32 == LLM__NO_RANK) return false;
+    const int at = (int)(best >> 24 & 63), next = llm__bpe_few_next(f, at);
+    const int before = 63 - __builtin_clzll(f->live & (((uint64_t)1 << at) - 1));
+    const llm_token id = (llm_token)(best & 0xFFFFFF);
+    f->ids[at] = id;
+    f->merges[next] = UINT64_MAX;
+    f->live ^= (uint64_t)1 << next;
+    f->at = at;
+    f->before = before;
+    f->at_slot = llm__bpe_few_slot(t, id, f->ids[llm__bpe_few_next(f, at)]);
+    f->before_slot = llm__bpe_few_slot(t, f->ids[before], id);
+    return true;
+}
+
+/* The merge of the symbol at i, as in llm__bpe_few. The slot is mostly the right one, or a free one. */
+static inline uint64_t llm__bpe_few_find(const llm_tokenizer *t, llm_token left, llm_token right,
+                                         const llm__bpe_pair_slot *slot, int i) {
+    const bool found = (slot->left == left) & (slot->right == right);
+    const uint64_t key = (uint64_t)slot->rank << 32 | (uint64_t)i << 24 | ((uint32_t)slot->merged & 0xFFFFFF);
+    if (__builtin_expect(!found & (slot->left != LLM__NONE), 0))
+        return llm__bpe_few_key(llm__bpe_find_pair(t, left, right), i);
+    return key | ((uint64_t)found - 1);
+}
+
+/* Looks up the merges with the neighbours of the symbol that llm__bpe_few_merge has made. */
+static inline void llm__bpe_few_rank(const llm_tokenizer *t, llm__bpe_few *f) {
+    const int at = f->at, before = f->before;
+    f->merges[at] = llm__bpe_few_find(t, f->ids[at], f->ids[llm__bpe_few_next(f, at)], f->at_slot, at);
+    f->merges[before] = llm__bpe_few_find(t, f->ids[before], f->ids[at], f->before_slot, before);
+}
+
+/* Stores the symbols that are left, and returns their number. */
+static size_t llm__bpe_few_end(const llm__bpe_few *f, llm__bpe_symbol *s) {
+    size_t n = 0;
+    for (int i = 0; (i = llm__bpe_few_next(f, i)) <= f->n; n++) s[n].id = f->ids[i];
+    return n;
 }
 
 /* Merges the n symbols of a short word and returns how many remain: the leftmost pair of the lowest rank, again and
@@ -10634,7 +10721,7 @@ typedef struct llm__pre_block {
 enum { LLM__BLOCK = 64, LLM__BLOCK_READ = LLM__BLOCK + 16 };
 
 #if defined(__SSE2__) && !defined(LLM_NO_SIMD)
-static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
+static inline llm__pre_block llm__pre_classify(const uint8_t *p, bool all) {
 #define LLM__IN(c, first, n)                                                                  \
     _mm_cmpeq_epi8(_mm_min_epu8(_mm_sub_epi8(c, _mm_set1_epi8(first)), _mm_set1_epi8((n)-1)), \
                    _mm_sub_epi8(c, _mm_set1_epi8(first)))
@@ -10644,15 +10731,18 @@ static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
         __m128i c = _mm_loadu_si128((const __m128i *)(const void *)(p + i));
         __m128i folded = _mm_or_si128(c, _mm_set1_epi8(32));
         b.letters |= LLM__BITS(LLM__IN(folded, 'a', 26));
-        b.upper |= LLM__BITS(LLM__IN(c, 'A', 26));
         b.digits |= LLM__BITS(LLM__IN(c, '0', 10));
         b.blanks |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8(' ')));
         b.spaces |= LLM__BITS(_mm_or_si128(_mm_cmpeq_epi8(c, _mm_set1_epi8(' ')), LLM__IN(c, '\t', 5)));
-        b.newlines |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8('\n')));
-        b.newlines |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8('\r')));
         b.quotes |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8('\'')));
-        b.slashes |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8('/')));
         b.high |= LLM__BITS(c);
+    }
+    for (int i = 0; all && i < LLM__BLOCK; i += 16) {
+        __m128i c = _mm_loadu_si128((const __m128i *)(const void *)(p + i));
+        __m128i newlines = _mm_or_si128(_mm_cmpeq_epi8(c, _mm_set1_epi8('\n')), _mm_cmpeq_epi8(c, _mm_set1_epi8('\r')));
+        b.upper |= LLM__BITS(LLM__IN(c, 'A', 26));
+        b.newlines |= LLM__BITS(newlines);
+        b.slashes |= LLM__BITS(_mm_cmpeq_epi8(c, _mm_set1_epi8('/')));
     }
     return b;
 #undef LLM__IN
@@ -10668,40 +10758,52 @@ static inline uint64_t llm__pre_bits(const uint8x16_t m[4]) {
     lo = vpaddq_u8(lo, hi);
     return vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(lo, lo)), 0);
 }
-static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
+static inline llm__pre_block llm__pre_classify(const uint8_t *p, bool all) {
 #define LLM__IN(c, first, n) vcltq_u8(vsubq_u8(c, vdupq_n_u8(first)), vdupq_n_u8(n))
-    uint8x16_t letters[4], upper[4], digits[4], spaces[4], blanks[4], newlines[4], quotes[4], slashes[4], high[4];
+    uint8x16_t letters[4], digits[4], spaces[4], blanks[4], quotes[4], high[4];
+    llm__pre_block b = {0, 0, 0, 0, 0, 0, 0, 0, 0};
     for (int i = 0; i < 4; i++) {
         uint8x16_t c = vld1q_u8(p + 16 * i);
         letters[i] = LLM__IN(vorrq_u8(c, vdupq_n_u8(32)), 'a', 26);
-        upper[i] = LLM__IN(c, 'A', 26);
         digits[i] = LLM__IN(c, '0', 10);
         blanks[i] = vceqq_u8(c, vdupq_n_u8(' '));
         spaces[i] = vorrq_u8(blanks[i], LLM__IN(c, '\t', 5));
-        newlines[i] = vorrq_u8(vceqq_u8(c, vdupq_n_u8('\n')), vceqq_u8(c, vdupq_n_u8('\r')));
         quotes[i] = vceqq_u8(c, vdupq_n_u8('\''));
-        slashes[i] = vceqq_u8(c, vdupq_n_u8('/'));
         high[i] = vcgeq_u8(c, vdupq_n_u8(0x80));
     }
-    llm__pre_block b = {llm__pre_bits(letters), llm__pre_bits(upper),   llm__pre_bits(digits),
-                        llm__pre_bits(spaces),  llm__pre_bits(blanks),  llm__pre_bits(newlines),
-                        llm__pre_bits(quotes),  llm__pre_bits(slashes), llm__pre_bits(high)};
+    b.letters = llm__pre_bits(letters);
+    b.digits = llm__pre_bits(digits);
+    b.spaces = llm__pre_bits(spaces);
+    b.blanks = llm__pre_bits(blanks);
+    b.quotes = llm__pre_bits(quotes);
+    b.high = llm__pre_bits(high);
+    if (!all) return b;
+    uint8x16_t upper[4], newlines[4], slashes[4];
+    for (int i = 0; i < 4; i++) {
+        uint8x16_t c = vld1q_u8(p + 16 * i);
+        upper[i] = LLM__IN(c, 'A', 26);
+        newlines[i] = vorrq_u8(vceqq_u8(c, vdupq_n_u8('\n')), vceqq_u8(c, vdupq_n_u8('\r')));
+        slashes[i] = vceqq_u8(c, vdupq_n_u8('/'));
+    }
+    b.upper = llm__pre_bits(upper);
+    b.newlines = llm__pre_bits(newlines);
+    b.slashes = llm__pre_bits(slashes);
     return b;
 #undef LLM__IN
 }
 #else
-static inline llm__pre_block llm__pre_classify(const uint8_t *p) {
+static inline llm__pre_block llm__pre_classify(const uint8_t *p, bool all) {
     llm__pre_block b = {0, 0, 0, 0, 0, 0, 0, 0, 0};
     for (int i = 0; i < LLM__BLOCK; i++) {
         unsigned c = p[i];
         b.letters |= (uint64_t)((c | 32) - 'a' < 26) << i;
-        b.upper |= (uint64_t)(c - 'A' < 26) << i;
+        b.upper |= (uint64_t)(all && c - 'A' < 26) << i;
         b.digits |= (uint64_t)(c - '0' < 10) << i;
         b.spaces |= (uint64_t)(c == ' ' || c - '\t' < 5) << i;
         b.blanks |= (uint64_t)(c == ' ') << i;
-        b.newlines |= (uint64_t)(c == '\n' || c == '\r') << i;
+        b.newlines |= (uint64_t)(all && (c == '\n' || c == '\r')) << i;
         b.quotes |= (uint64_t)(c == '\'') << i;
-        b.slashes |= (uint64_t)(c == '/') << i;
+        b.slashes |= (uint64_t)(all && c == '/') << i;
         b.high |= (uint64_t)(c >= 0x80) << i;
     }
     return b;
@@ -10780,7 +10882,7 @@ static inline uint64_t llm__pre_contractions(const llm__pre_block *b, uint64_t s
    stand, or the block ends, are left out. `single`: a rule before this one cuts out each digit. */
 static inline uint64_t llm__pre_block_starts(const llm__pre_rule *rule, bool single, const uint8_t *p) {
     const bool gpt2 = rule->kind == LLM__RULE_GPT2, cased = rule->kind == LLM__RULE_CASED;
-    llm__pre_block b = llm__pre_classify(p);
+    llm__pre_block b = llm__pre_classify(p, !gpt2);
     uint64_t starts = gpt2 ? llm__pre_gpt2_starts(&b, single) : llm__pre_llama3_starts(&b, rule->most, cased);
     if (b.quotes && (!cased || rule->contractions)) starts = llm__pre_contractions(&b, starts, p, !gpt2, cased);
     /* Where the next word begins depends on the character after white space, or after the newlines that marks take. */
@@ -10830,17 +10932,21 @@ static void llm__enc_emit(llm__enc_job *job, llm_token id) {
     job->last = id;
 }
 
-/* *unknown: the word so far ends in an unknown token. */
+/* Emits merged symbols. *unknown: the word so far ends in an unknown token. */
+static void llm__enc_emit_symbols(llm__enc_job *job, const llm__bpe_symbol *s, size_t n, bool *unknown) {
+    for (size_t i = 0; i < n; i++) {
+        bool before = *unknown;
+        *unknown = s[i].id == job->t->unk;
+        if (!(before && *unknown && job->t->fuse_unk)) llm__enc_emit(job, s[i].id);
+    }
+}
+
 static void llm__enc_merge_word(llm__enc_job *job, const uint8_t *p, size_t n, bool *unknown) {
     const llm_tokenizer *t = job->t;
     llm__bpe_symbol few[LLM__SHORT_WORD], *s = few;
     if (n > LLM__SHORT_WORD) s = (llm__bpe_symbol *)llm__alloc(job->env, n, sizeof *s);
     size_t count = llm__bpe_merge(job->env, t, s, llm__bpe_char_symbols(job->env, t, p, n, s));
-    for (size_t i = 0; i < count; i++) {
-        bool before = *unknown;
-        *unknown = s[i].id == t->unk;
-        if (!(before && *unknown && t->fuse_unk)) llm__enc_emit(job, s[i].id);
-    }
+    llm__enc_emit_symbols(job, s, count, unknown);
     if (s != few) llm__free(job->env->pool, s);
 }
 
@@ -10854,8 +10960,8 @@ static bool llm__enc_whole(llm__enc_job *job, const uint8_t *p, const uint8_t *e
 
 /* A word of up to 15 bytes and its tokens. */
 typedef struct llm__enc_short {
-    uint64_t key[2]; /* the bytes, zeros, and the length in the last byte; all 0: the slot is free */
-    llm_token ids[3], count;
+    uint64_t key[2];  /* the bytes, zeros, and the length in the last byte; all 0: the slot is free */
+    llm_token ids[4]; /* up to 3 tokens; the last is their number */
 } llm__enc_short;
 
 /* A cache line of known words: two short ones of up to 3 tokens each, a short one of up to 7, or a long one of up to 7.
@@ -10863,7 +10969,7 @@ typedef struct llm__enc_short {
    Whatever a line holds, a look-up cannot take it for another word: byte 15 is a length, which tells short words from
    long ones, and byte 47, the length of a second short word, is otherwise the high byte of an id, which is 0. */
 typedef union llm__enc_known {
-    llm__enc_short words[2]; /* if words[0].count is above 3, words[1] consists of the 4 tokens that follow */
+    llm__enc_short words[2]; /* if words[0] has more than 3 tokens, words[1] consists of the 4 that follow */
     struct {
         uint64_t key[4]; /* the first 15 bytes, the length, the other bytes, zeros */
         llm_token ids[7], count;
@@ -10914,26 +11020,36 @@ static inline bool llm__enc_can_see(const llm__enc_job *job, const uint8_t *p, c
     return job->stop - p > (end - p > LLM__KNOWN_SHORT ? LLM__KNOWN_LENGTH : LLM__KNOWN_SHORT);
 }
 
-/* Prepares the look-up of the word of n bytes at p in a table of 2^(64 - shift) lines. 16 bytes can be read at p, 31 if
-   n is above 15. */
-static inline void llm__enc_see(llm__enc_seen *w, llm__enc_known *known, int shift, const uint8_t *p, size_t n) {
-    uint64_t key[2], tail[2];
-    const bool looked_up = n <= LLM__KNOWN_LENGTH && known;
-    llm__enc_read(p, n < LLM__KNOWN_SHORT ? n : (size_t)LLM__KNOWN_SHORT, key);
-    key[1] |= (uint64_t)n << 56;
-    uint64_t hash = key[0] ^ key[1] * 0xD6E8FEB86659FD93u;
-    if (n > LLM__KNOWN_SHORT && looked_up) {
-        llm__enc_read(p + LLM__KNOWN_SHORT, n - LLM__KNOWN_SHORT, tail);
-        hash ^= (tail[0] ^ tail[1] * 0xA24BAED4963EE407u) * 0x9FB21C651E98DF25u;
-        hash ^= hash >> 32;
-    }
-    llm__enc_known *line = looked_up ? &known[hash * 0x9E3779B97F4A7C15u >> shift] : NULL;
-    __builtin_prefetch(line);
+/* Prepares the look-up of the word of n <= LLM__KNOWN_SHORT bytes at p in a table of 2^(64 - shift) lines. 16 bytes can
+   be read at p. */
+static inline void llm__enc_see_short(llm__enc_seen *w, llm__enc_known *known, int shift, const uint8_t *p, size_t n) {
+    llm__enc_read(p, n, w->key);
+    w->key[1] |= (uint64_t)n << 56;
     w->p = p;
     w->n = n;
-    w->key[0] = key[0];
-    w->key[1] = key[1];
-    w->line = line;
+    w->line = &known[(w->key[0] ^ w->key[1] * 0xD6E8FEB86659FD93u) * 0x9E3779B97F4A7C15u >> shift];
+    __builtin_prefetch(w->line);
+}
+
+/* The same for words of any length. 16 bytes can be read at p, 31 if n is above 15. */
+static inline void llm__enc_see(llm__enc_seen *w, llm__enc_known *known, int shift, const uint8_t *p, size_t n) {
+    uint64_t tail[2];
+    if (n <= LLM__KNOWN_SHORT && known) {
+        llm__enc_see_short(w, known, shift, p, n);
+        return;
+    }
+    w->p = p;
+    w->n = n;
+    w->line = NULL;
+    if (n > LLM__KNOWN_LENGTH || !known) return;
+    llm__enc_read(p, LLM__KNOWN_SHORT, w->key);
+    llm__enc_read(p + LLM__KNOWN_SHORT, n - LLM__KNOWN_SHORT, tail);
+    w->key[1] |= (uint64_t)n << 56;
+    uint64_t hash = w->key[0] ^ w->key[1] * 0xD6E8FEB86659FD93u;
+    hash ^= (tail[0] ^ tail[1] * 0xA24BAED4963EE407u) * 0x9FB21C651E98DF25u;
+    hash ^= hash >> 32;
+    w->line = &known[hash * 0x9E3779B97F4A7C15u >> shift];
+    __builtin_prefetch(w->line);
 }
 
 static inline bool llm__enc_differs(const uint64_t a[2], const uint64_t b[2]) {
@@ -10986,15 +11102,23 @@ static inline llm_token llm__enc_lookup(const llm__enc_seen *w, llm_token *ids) 
         const llm__enc_short *slot = &line->words[llm__enc_differs(line->words[0].key, w->key)];
         if (llm__enc_differs(slot->key, w->key)) return 0;
         memcpy(ids, slot->ids, sizeof slot->ids);
-        if (slot->count <= 3) return slot->count;
+        if (slot->ids[3] <= 3) return slot->ids[3];
         memcpy(ids + 3, &line->words[1], 4 * sizeof *ids);
-        return llm__enc_expand(ids, slot->count);
+        return llm__enc_expand(ids, slot->ids[3]);
     }
     uint64_t tail[2];
     llm__enc_read(w->p + LLM__KNOWN_SHORT, w->n - LLM__KNOWN_SHORT, tail);
     if (llm__enc_differs(line->lengthy.key, w->key) || llm__enc_differs(line->lengthy.key + 2, tail)) return 0;
     memcpy(ids, line->lengthy.ids, sizeof line->lengthy.ids);
     return llm__enc_expand(ids, line->lengthy.count);
+}
+
+/* The same for most words: those of up to LLM__KNOWN_SHORT bytes and 3 tokens. */
+static inline llm_token llm__enc_lookup_short(const llm__enc_seen *w, llm_token *ids) {
+    if (w->n > LLM__KNOWN_SHORT || !w->line) return 0;
+    const llm__enc_short *slot = &w->line->words[llm__enc_differs(w->line->words[0].key, w->key)];
+    memcpy(ids, slot->ids, sizeof slot->ids);
+    return llm__enc_differs(slot->key, w->key) || slot->ids[3] > 3 ? 0 : slot->ids[3];
 }
 
 /* Puts a word with its tokens into its line. Of two short words the newest comes first. */
@@ -11008,10 +11132,10 @@ static void llm__enc_keep(const llm__enc_seen *w, const llm_token ids[LLM__KNOWN
         line.lengthy.count = count;
     } else {
         const llm__enc_short *first = &w->line->words[0];
-        memcpy(line.words[0].ids, ids, sizeof line.words[0].ids);
-        line.words[0].count = count;
+        memcpy(line.words[0].ids, ids, 3 * sizeof *ids);
+        line.words[0].ids[3] = count;
         if (count > 3) memcpy(&line.words[1], ids + 3, 4 * sizeof *ids);
-        else if (first->key[1] >> 56 <= LLM__KNOWN_SHORT && first->count <= 3) line.words[1] = *first;
+        else if (first->key[1] >> 56 <= LLM__KNOWN_SHORT && first->ids[3] <= 3) line.words[1] = *first;
     }
     *w->line = line;
 }
@@ -11067,65 +11191,127 @@ static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w, bool i
     if (is_new && (count = llm__enc_shrink(ids, count)) != 0) llm__enc_keep(w, ids, count);
 }
 
-/* Words that are encoded together: first all are found, then all are looked up, then their tokens are stored. So the
-   memory they are looked up in is there by then. */
-enum { LLM__ENC_BATCH = 192, LLM__ENC_BATCH_ROOM = 192 + 64 };
+/* Emits the tokens of a word that has been merged, and remembers it. */
+static void llm__enc_merged_word(llm__enc_job *job, const llm__enc_seen *w, const llm__bpe_few *few) {
+    llm__bpe_symbol s[LLM__SHORT_WORD];
+    llm_token ids[LLM__KNOWN_LENGTH];
+    const size_t begin = job->count;
+    bool unknown = false;
+    llm__enc_emit_symbols(job, s, llm__bpe_few_end(few, s), &unknown);
+    memcpy(ids, job->ids + begin, (job->count - begin) * sizeof *ids);
+    llm_token count = llm__enc_shrink(ids, (llm_token)(job->count - begin));
+    if (count) llm__enc_keep(w, ids, count);
+}
 
-typedef struct llm__enc_batch {
-    int n;
-    llm__enc_seen words[LLM__ENC_BATCH_ROOM]; /* LLM__ENC_BATCH, and the words of one more block */
-} llm__enc_batch;
-
-/* A new word of a batch, and where its tokens belong. */
+/* A new word of a batch, which leaves a gap among the tokens of the others. */
 typedef struct llm__enc_gap {
-    const llm__enc_seen *word;
-    llm_token *ids;
+    llm__enc_seen word;
+    size_t at;     /* where its tokens belong in job->ids; there is a place for each byte */
+    uint64_t hash; /* of its bytes                                                        */
+    bool in_turn;  /* it is short and plain, so it is merged in turns with others         */
+    llm__bpe_few few;
 } llm__enc_gap;
 
-/* Closes the gaps: encodes the new words, and moves what was stored between them, up to `end`. A gap has a place for
-   each byte of its word, and a byte makes at most one token. */
-static void llm__enc_close_gaps(llm__enc_job *job, const llm__enc_gap *gaps, int n, const llm_token *end) {
+/* Words that are encoded together: first all are found, then all are looked up, then their tokens are stored. So the
+   memory they are looked up in is there by then. New words leave gaps. They are encoded when there are LLM__ENC_GAPS,
+   so that they do not wait for the vocabulary's memory one by one. */
+enum { LLM__ENC_BATCH = 192, LLM__ENC_BATCH_ROOM = 192 + 64, LLM__ENC_GAPS = 16 };
+
+typedef struct llm__enc_batch {
+    int n, n_gaps;
+    llm__enc_seen words[LLM__ENC_BATCH_ROOM]; /* LLM__ENC_BATCH, and the words of one more block */
+    llm__enc_gap gaps[LLM__ENC_GAPS];
+} llm__enc_batch;
+
+/* Adds a gap at job->ids[at], and prefetches the vocabulary's entry for the word. */
+static void llm__enc_add_gap(llm__enc_job *job, llm__enc_batch *batch, const llm__enc_seen *w, size_t at) {
+    llm__enc_gap *g = &batch->gaps[batch->n_gaps];
+    const bool ascii = !((w->key[0] | w->key[1]) & 0x8080808080808080u);
+    g->word = *w;
+    g->at = at;
+    /* Others are cut into parts before they are merged. In SentencePiece, words have the marks behind them. */
+    g->in_turn = w->n <= LLM__KNOWN_SHORT && ascii && !job->t->sentencepiece;
+    for (int i = 0; i < batch->n_gaps; i++) /* the same word again will be known by then */
+        if (batch->gaps[i].word.line == w->line && !llm__enc_differs(batch->gaps[i].word.key, w->key))
+            g->in_turn = false;
+    g->hash = llm__hash_bytes(w->p, w->n);
+    __builtin_prefetch(&job->t->pieces[g->hash & job->t->piece_mask]);
+    batch->n_gaps++;
+}
+
+/* Merges the words of the gaps that are in turn, one merge of each at a time. */
+static void llm__enc_merge_gaps(llm__enc_job *job, llm__enc_gap *gaps, int n) {
+    const llm_tokenizer *t = job->t;
+    llm__bpe_few *turns[LLM__ENC_GAPS];
+    llm__bpe_symbol s[LLM__SHORT_WORD];
+    int left = 0;
     for (int i = 0; i < n; i++) {
-        const llm_token *from = gaps[i].ids + gaps[i].word->n, *to = i + 1 < n ? gaps[i + 1].ids : end;
-        llm__enc_seen_word(job, gaps[i].word, false);
-        memmove(job->ids + job->count, from, (size_t)(to - from) * sizeof *from);
-        job->count += (size_t)(to - from);
+        const llm__enc_seen *w = &gaps[i].word;
+        if (!gaps[i].in_turn) continue;
+        s[0].id = llm__vocab_find_hashed(t, w->p, w->n, gaps[i].hash);
+        const bool whole = s[0].id != LLM__NONE && (t->ignore_merges || llm__bpe_is_whole(job->env, t, s[0].id));
+        llm__bpe_few_begin(t, &gaps[i].few, s, whole ? 1 : llm__bpe_char_symbols(job->env, t, w->p, w->n, s));
+        if (!whole) turns[left++] = &gaps[i].few;
+    }
+    while (left) {
+        int still = 0;
+        for (int i = 0; i < left; i++)
+            if (llm__bpe_few_merge(t, turns[i])) turns[still++] = turns[i];
+        left = still;
+        for (int i = 0; i < left; i++) llm__bpe_few_rank(t, turns[i]);
     }
 }
 
-/* Stores the tokens of the words from the i-th on, as long as they are looked up and fit. Returns the number of words.
-   New words leave gaps. They are encoded at the end, when the vocabulary's entries for them have been prefetched. */
-static int llm__enc_store(llm__enc_job *job, const llm__enc_batch *batch, int i) {
-    enum { MOST_GAPS = 16 };
-    llm__enc_gap gaps[MOST_GAPS];
-    const int from = i;
-    int n = 0;
+/* Closes the gaps: encodes the new words, and moves what was stored between them. A byte makes at most one token. */
+static void llm__enc_close_gaps(llm__enc_job *job, llm__enc_batch *batch) {
+    const llm__enc_gap *gaps = batch->gaps;
+    const size_t end = job->count;
+    const int n = batch->n_gaps;
+    if (!n) return;
+    llm__enc_merge_gaps(job, batch->gaps, n);
+    job->count = gaps[0].at;
+    for (int i = 0; i < n; i++) {
+        const size_t from = gaps[i].at + gaps[i].word.n, to = i + 1 < n ? gaps[i + 1].at : end;
+        if (gaps[i].in_turn) llm__enc_merged_word(job, &gaps[i].word, &gaps[i].few);
+        else llm__enc_seen_word(job, &gaps[i].word, false);
+        memmove(job->ids + job->count, job->ids + from, (to - from) * sizeof *job->ids);
+        job->count += to - from;
+    }
+    batch->n_gaps = 0;
+    if (job->count) job->last = job->ids[job->count - 1];
+}
+
+/* Stores the tokens of the words from the i-th on, as long as they are looked up and fit, and there is room for gaps.
+   Returns the number of words. */
+static int llm__enc_store(llm__enc_job *job, llm__enc_batch *batch, int i) {
+    const llm__enc_seen *w = &batch->words[i], *const end = &batch->words[batch->n];
     if (!job->ids || job->after_bos || job->count > job->capacity) return 0;
     llm_token *ids = job->ids + job->count;
     const llm_token *last = job->ids + job->capacity;
-    for (; i < batch->n && last - ids >= LLM__KNOWN_LENGTH; i++) {
-        const llm__enc_seen *w = &batch->words[i];
-        llm_token count = w->line ? llm__enc_lookup(w, ids) : 0;
+    for (; w < end && last - ids >= LLM__KNOWN_LENGTH; w++) {
+        llm_token count = llm__enc_lookup_short(w, ids);
+        if (!count && w->line) count = llm__enc_lookup(w, ids);
         if (!count) {
-            if (!w->line || n == MOST_GAPS) break;
-            __builtin_prefetch(&job->t->pieces[llm__hash_bytes(w->p, w->n) & job->t->piece_mask]);
-            gaps[n].word = w;
-            gaps[n++].ids = ids;
+            if (!w->line || batch->n_gaps == LLM__ENC_GAPS) break;
+            llm__enc_add_gap(job, batch, w, (size_t)(ids - job->ids));
             count = (llm_token)w->n;
         }
         ids += count;
     }
-    job->count = (size_t)((n ? gaps[0].ids : ids) - job->ids);
-    llm__enc_close_gaps(job, gaps, n, ids);
+    job->count = (size_t)(ids - job->ids);
     if (job->count) job->last = job->ids[job->count - 1];
-    return i - from;
+    return (int)(w - &batch->words[i]);
 }
 
 static void llm__enc_flush(llm__enc_job *job, llm__enc_batch *batch) {
-    for (int i = 0; (i += llm__enc_store(job, batch, i)) < batch->n; i++) {
+    for (int i = 0; (i += llm__enc_store(job, batch, i)) < batch->n;) {
         const llm__enc_seen *w = &batch->words[i];
+        const bool had_gaps = batch->n_gaps > 0;
+        llm__enc_close_gaps(job, batch);
+        if (w->line && had_gaps) continue;
         if (w->line) llm__enc_seen_word(job, w, false);
         else llm__enc_word(job, w->p, w->p + w->n);
+        i++;
     }
     batch->n = 0;
 }
@@ -11136,6 +11322,7 @@ static const uint8_t *llm__enc_blocks(llm__enc_job *job, llm__enc_batch *batch, 
                                       const uint8_t *p, const uint8_t *end) {
     llm__enc_known *const known = job->known;
     const int shift = 64 - job->known_bits;
+    const unsigned most = known ? LLM__KNOWN_SHORT : 0;
     uint64_t eight;
     while (end - p >= LLM__BLOCK_READ && (memcpy(&eight, p, 8), !(eight & 0x8080808080808080u))) {
         uint64_t starts = llm__pre_block_starts(rule, single, p) & ~(uint64_t)1;
@@ -11145,7 +11332,8 @@ static const uint8_t *llm__enc_blocks(llm__enc_job *job, llm__enc_batch *batch, 
         llm__enc_seen *w = &batch->words[batch->n];
         for (; starts; starts &= starts - 1) {
             unsigned to = (unsigned)__builtin_ctzll(starts);
-            llm__enc_see(w++, known, shift, p + i, to - i);
+            if (to - i <= most) llm__enc_see_short(w++, known, shift, p + i, to - i);
+            else llm__enc_see(w++, known, shift, p + i, to - i);
             i = to;
         }
         batch->n = (int)(w - batch->words);
@@ -11172,7 +11360,7 @@ static void llm__enc_one_word(llm__enc_job *job, llm__enc_batch *batch, const ui
 static void llm__enc_spaced(llm__enc_job *job, llm__enc_batch *batch, const uint8_t *p, const uint8_t *end) {
     const uint8_t *from = p;
     for (; end - p >= LLM__BLOCK_READ; p += LLM__BLOCK) {
-        uint64_t blanks = llm__pre_classify(p).blanks, cuts = blanks & ~(blanks << 1);
+        uint64_t blanks = llm__pre_classify(p, false).blanks, cuts = blanks & ~(blanks << 1);
         if (p == from || p[-1] == ' ') cuts &= ~(uint64_t)1;
         for (; cuts; cuts &= cuts - 1) {
             const uint8_t *to = p + __builtin_ctzll(cuts);
@@ -11337,9 +11525,10 @@ static void llm__enc_plain(llm__enc_job *job, const uint8_t *p, const uint8_t *e
         *(uint8_t *)(uintptr_t)p = ' ';
     }
     llm__enc_batch batch;
-    batch.n = 0;
+    batch.n = batch.n_gaps = 0;
     llm__enc_split(job, &batch, job->t->rules, p, end);
     llm__enc_flush(job, &batch);
+    llm__enc_close_gaps(job, &batch);
 }
 
 static void llm__enc_normalized(llm__enc_job *job, const uint8_t *p, const uint8_t *end, bool first) {
@@ -11485,9 +11674,7 @@ LLM_API llm_token llm_tokenizer_eos(const llm_tokenizer *tokenizer) { return tok
    the start of a text. */
 static inline llm__str llm__dec_text(const llm_tokenizer *t, llm_token id, unsigned flags, bool strips) {
     llm__str s = {NULL, 0};
-    if ((uint32_t)id - (uint32_t)t->first_shown >= t->n_shown &&
-        (id < 0 || id >= t->n_vocab || (!(flags & LLM_TOKENS_SPECIAL) && llm__vocab_is_special(t, id))))
-        return s;
+    if (id < 0 || id >= t->n_vocab || (!(flags & LLM_TOKENS_SPECIAL) && llm__vocab_is_special(t, id))) return s;
     s = llm__vocab_piece(t, id);
     if (strips && s.n && s.at[0] == ' ') {
         s.at++;
@@ -11514,7 +11701,16 @@ LLM_API size_t llm_decode(const llm_tokenizer *tokenizer, const llm_token *ids, 
         n = llm__dec_put(text, n, capacity, s);
         strips = false;
     }
+    const size_t last = capacity < LLM__PIECE_COPY ? 0 : capacity - LLM__PIECE_COPY + 1;
     for (; i < n_ids; i++) {
+        if (n < last && (uint32_t)ids[i] < (uint32_t)tokenizer->n_vocab) {
+            const llm__vocab_short_text *shown = &tokenizer->short_texts[ids[i]];
+            if (shown->n < LLM__PIECE_COPY) {
+                memcpy(text + n, shown, LLM__PIECE_COPY);
+                n += shown->n;
+                continue;
+            }
+        }
         const llm__str s = llm__dec_text(tokenizer, ids[i], flags, false);
         if (s.at) n = llm__dec_put(text, n, capacity, s);
     }
@@ -12045,19 +12241,14 @@ static void llm__special_index(const llm_tokenizer *t, llm__special_set *set) {
 
 static void llm__special_build(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm__special_set *set,
                                bool normalized) {
-    for (int pass = 0; pass < 2; pass++) {
-        if (pass) set->items = (llm__special *)llm__alloc(env, (size_t)set->n, sizeof *set->items);
-        set->n = 0;
-        for (llm_token id = 0; id < t->n_vocab; id++) {
-            const int type = llm__vocab_type_of(t, id);
-            if (type != LLM__TYPE_USER_DEFINED && type != LLM__TYPE_CONTROL && type != LLM__TYPE_UNKNOWN) continue;
-            if (((t->flags[id] & LLM__NORMALIZED) != 0) != normalized) continue;
-            llm__special *s = pass ? &set->items[set->n] : NULL;
-            set->n++;
-            if (!s) continue;
-            s->text = llm__special_text(env, t, v, id);
-            s->id = id;
-        }
+    size_t room = 0;
+    for (llm_token id = 0; id < t->n_vocab; id++) {
+        const int type = llm__vocab_type_of(t, id);
+        if (type != LLM__TYPE_USER_DEFINED && type != LLM__TYPE_CONTROL && type != LLM__TYPE_UNKNOWN) continue;
+        if (((t->flags[id] & LLM__NORMALIZED) != 0) != normalized) continue;
+        set->items = (llm__special *)llm__alloc_grow(env, set->items, (size_t)set->n, &room, sizeof *set->items);
+        set->items[set->n].text = llm__special_text(env, t, v, id);
+        set->items[set->n++].id = id;
     }
     llm__special_index(t, set);
 }
@@ -12091,13 +12282,13 @@ static void llm__vocab_build_ends(llm_tokenizer *t, const llm__vocab_source *v) 
     }
 }
 
-/* Finds the longest run of tokens that are not special, which decoding shows without a look at their flags. */
-static void llm__vocab_find_shown(llm_tokenizer *t) {
-    for (int id = 0, first = 0; id < t->n_vocab; id++) {
-        if (llm_token_is_special(t, id)) first = id + 1;
-        if ((uint32_t)(id + 1 - first) <= t->n_shown) continue;
-        t->first_shown = first;
-        t->n_shown = (uint32_t)(id + 1 - first);
+static void llm__vocab_build_short_texts(llm__env *env, llm_tokenizer *t) {
+    t->short_texts = (llm__vocab_short_text *)llm__alloc_zero(env, (size_t)t->n_vocab, sizeof *t->short_texts);
+    for (llm_token id = 0; id < t->n_vocab; id++) {
+        const llm__str s = llm__vocab_piece(t, id);
+        const bool shown = s.n < LLM__PIECE_COPY && !llm_token_is_special(t, id);
+        t->short_texts[id].n = (uint8_t)(shown ? s.n : (size_t)LLM__PIECE_COPY);
+        if (shown) memcpy(t->short_texts[id].bytes, s.at, s.n);
     }
 }
 
@@ -12175,7 +12366,7 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     llm__special_build(env, t, v, &t->raw, false);
     llm__special_build(env, t, v, &t->normalized, true);
     llm__vocab_build_ends(t, v);
-    llm__vocab_find_shown(t);
+    llm__vocab_build_short_texts(env, t);
     return t;
 }
 
@@ -13593,7 +13784,7 @@ static void llm__packed_check_tables(llm__env *env, llm_tokenizer *t, size_t n_b
         used = slot->left == LLM__NONE ? 0 : used + 1;
         if (used > LLM__MAX_PROBES || i == t->pair_mask) llm__packed_check_used(env, i, used);
         if (!used) continue;
-        if (slot->merged == LLM__NONE || slot->rank == LLM__NO_RANK)
+        if (slot->right == LLM__NONE || slot->merged == LLM__NONE || slot->rank == LLM__NO_RANK)
             llm__fail(env, LLM_ERROR_FORMAT, "two tokens of the tokenizer merge to none");
         llm__packed_check_id(env, t, slot->left);
         llm__packed_check_id(env, t, slot->right);
@@ -13704,7 +13895,7 @@ static llm_tokenizer *llm__tokenizer_from_packed(llm__packed *p) {
     llm__vocab_find_ascii(t);
     llm__bpe_build_byte_pairs(env, t);
     llm__bpe_find_cuts(t);
-    llm__vocab_find_shown(t);
+    llm__vocab_build_short_texts(env, t);
     return t;
 }
 
@@ -29880,7 +30071,8 @@ static void llm__stream_give_tickets(llm__stream_pass *p) {
     int room = (p->most < ctx->desc.n_batch ? p->most : ctx->desc.n_batch) - left;
     for (bool around = false; s && !(around && s == start);) {
         s->has_ticket = false;
-        if (llm__stream_takes_part(p, s) && !(llm__stream_is_reading(s) && llm__stream_waits(s))) {
+        bool waits = llm__stream_is_reading(s) && !p->only && llm__stream_waits(s); /* alone it would wait for ever */
+        if (llm__stream_takes_part(p, s) && !waits) {
             s->has_ticket = left > 0;
             if (left-- == 0 && !p->only) ctx->turn = s;
         }

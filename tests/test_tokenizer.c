@@ -868,7 +868,7 @@ static void fill_words(char *text, size_t n, uint32_t *seed) {
 /* Checks the masks of a block, which vectors may have made, against their definitions. */
 static void check_block(const char *text) {
     const uint8_t *p = (const uint8_t *)text;
-    llm__pre_block b = llm__pre_classify(p);
+    llm__pre_block b = llm__pre_classify(p, true);
     for (int i = 0; i < LLM__BLOCK; i++) {
         unsigned c = p[i];
         bool upper = c >= 'A' && c <= 'Z', lower = c >= 'a' && c <= 'z', newline = c == '\n' || c == '\r';

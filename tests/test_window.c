@@ -304,6 +304,23 @@ static void test_streams(void **state) {
     llm_model_free(model);
 }
 
+/* llm_generate does not wait for a stream that is about to read a prompt that begins like its own. */
+static void test_beside_stream(void **state) {
+    llm_context *ctx = open(load(LLM_DTYPE_F32), 2, 0);
+    static llm_token ids[MOST];
+    static answer a, b;
+    llm_stream *stream;
+    (void)state;
+    make_prompt(ids, 100, 40);
+    llm_generate_desc desc = describe(ids, 100, 0, &a);
+    assert_int_equal(llm_stream_begin(&stream, ctx, &desc, NULL), LLM_OK);
+    generate(ctx, describe(ids, 100, 1, &b), &b);
+    for (int n_running = 1; n_running;) assert_int_equal(llm_step(ctx, 0, &n_running, NULL), LLM_OK);
+    llm_stream_free(stream);
+    assert_same_answer(&a, &b);
+    close_context(ctx);
+}
+
 /* Guesses that are wrong are cut off again, and drafts have caches of their own. */
 static void test_drafts(void **state) {
     llm_model *model = load(LLM_DTYPE_F32), *other = load(LLM_DTYPE_INT4);
@@ -505,10 +522,10 @@ static void test_score(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_long_texts),   cmocka_unit_test(test_long_batch), cmocka_unit_test(test_generate),
-        cmocka_unit_test(test_conversation), cmocka_unit_test(test_cancelled),  cmocka_unit_test(test_streams),
-        cmocka_unit_test(test_drafts),       cmocka_unit_test(test_room),       cmocka_unit_test(test_cut_back),
-        cmocka_unit_test(test_forks),        cmocka_unit_test(test_saved),      cmocka_unit_test(test_order),
-        cmocka_unit_test(test_score)};
+        cmocka_unit_test(test_long_texts),   cmocka_unit_test(test_long_batch),    cmocka_unit_test(test_generate),
+        cmocka_unit_test(test_conversation), cmocka_unit_test(test_cancelled),     cmocka_unit_test(test_streams),
+        cmocka_unit_test(test_drafts),       cmocka_unit_test(test_beside_stream), cmocka_unit_test(test_room),
+        cmocka_unit_test(test_cut_back),     cmocka_unit_test(test_forks),         cmocka_unit_test(test_saved),
+        cmocka_unit_test(test_order),        cmocka_unit_test(test_score)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
