@@ -12223,7 +12223,7 @@ static llm__str llm__special_text(llm__env *env, const llm_tokenizer *t, const l
 
 /* Makes everything else of a set from its texts and ids. */
 static void llm__special_index(const llm_tokenizer *t, llm__special_set *set) {
-    qsort(set->items, (size_t)set->n, sizeof *set->items, llm__special_compare);
+    if (set->n) qsort(set->items, (size_t)set->n, sizeof *set->items, llm__special_compare);
     for (int i = 0; i < set->n; i++) {
         llm__special *s = &set->items[i];
         const int kind = llm__vocab_type_of(t, s->id) == LLM__TYPE_USER_DEFINED ? 1 : 2;
