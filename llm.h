@@ -10290,15 +10290,18 @@ static size_t llm__bpe_merge_by_heap(llm__env *env, const llm_tokenizer *t, llm_
     return count;
 }
 
-/* A short word that is merged in turns with others. For a word alone, llm__bpe_merge_few is faster. Symbols keep their
-   places, from 1 on; `live` has the bits of those that are left, and of LLM__NONE before and behind them. merges[i] is
-   what the symbol at i and the next one merge to: the rank above 32 bits, the place above 24 bits, and the token. So
-   the lowest is the leftmost merge of the lowest rank. */
+/* A short word. Its merges are interleaved with those of other words, so that the table of merges is read for several
+   words at a time. (For a single word llm__bpe_merge_few is faster.) The symbols are numbered from 1 and keep their
+   numbers. Bit i of `live` is set as long as symbol i is left; so are the bits before the first symbol and behind the
+   last one, where ids has LLM__NONE. merges[i] is the merge of symbol i with the next one: its rank in the upper 32
+   bits, then i in 8 bits, then the merged token in 24. So the lowest number is the leftmost merge of the lowest
+   rank. */
 typedef struct llm__bpe_few {
     uint64_t merges[LLM__SHORT_WORD + 2];
     llm_token ids[LLM__SHORT_WORD + 2];
     uint64_t live;
-    int n, at, before; /* at, before: the merges of these symbols must be looked up */
+    int n;
+    int at, before; /* the symbol that the last merge made, and the one before it: their merges are looked up next */
     const llm__bpe_pair_slot *at_slot, *before_slot;
 } llm__bpe_few;
 
@@ -10353,10 +10356,10 @@ static inline bool llm__bpe_few_merge(const llm_tokenizer *t, llm__bpe_few *f) {
 static inline uint64_t llm__bpe_few_find(const llm_tokenizer *t, llm_token left, llm_token right,
                                          const llm__bpe_pair_slot *slot, int i) {
     const bool found = (slot->left == left) & (slot->right == right);
-    const uint64_t key = (uint64_t)slot->rank << 32 | (uint64_t)i << 24 | ((uint32_t)slot->merged & 0xFFFFFF);
+    const llm__bpe_merge_to to = {slot->merged, slot->rank};
     if (__builtin_expect(!found & (slot->left != LLM__NONE), 0))
         return llm__bpe_few_key(llm__bpe_find_pair(t, left, right), i);
-    return key | ((uint64_t)found - 1);
+    return llm__bpe_few_key(to, i) | ((uint64_t)found - 1);
 }
 
 /* Looks up the merges with the neighbours of the symbol that llm__bpe_few_merge has made. */
@@ -10450,8 +10453,8 @@ static int llm__bpe_join_kind(int n_left, int n_right) { return 3 * n_left + n_r
 /* [n] the kinds (bits) of pieces that have at most n bytes before the place, or after it. n = 3: any number. */
 static const uint16_t llm__bpe_few_left[4] = {0, 0x007, 0x03F, 0x1FF}, llm__bpe_few_right[4] = {0, 0x049, 0x0DB, 0x1FF};
 
-/* True if a piece of one of these kinds crosses p, a place between two characters that are not ASCII. The word is from
-   `begin` to `end`. */
+/* Returns whether a piece of one of these kinds has bytes on both sides of p, where two characters that are not ASCII
+   meet. The word is from `begin` to `end`. */
 static bool llm__bpe_joins(const llm_tokenizer *t, const uint8_t *begin, const uint8_t *p, const uint8_t *end,
                            unsigned kinds) {
     const size_t n_left = (size_t)(p - begin), n_right = (size_t)(end - p);
@@ -10711,7 +10714,8 @@ static const uint8_t *llm__pre_find_word(const llm__unicode_classes *c, const ll
 
 /* ---- Words of ASCII, found in 64 bytes at a time ---- */
 
-/* The kinds of 64 bytes of text: bit i of a mask is about byte i. */
+/* The kinds of 64 bytes of text: bit i of a mask is about byte i. llm__pre_classify only finds upper, newlines and
+   slashes if `all` is true. */
 typedef struct llm__pre_block {
     uint64_t letters, upper, digits, spaces, blanks, newlines; /* of ASCII; some are parts of others; blank: ' ' */
     uint64_t quotes, slashes;                                  /* ' and / */
@@ -11206,9 +11210,9 @@ static void llm__enc_merged_word(llm__enc_job *job, const llm__enc_seen *w, cons
 /* A new word of a batch, which leaves a gap among the tokens of the others. */
 typedef struct llm__enc_gap {
     llm__enc_seen word;
-    size_t at;     /* where its tokens belong in job->ids; there is a place for each byte */
-    uint64_t hash; /* of its bytes                                                        */
-    bool in_turn;  /* it is short and plain, so it is merged in turns with others         */
+    size_t at;        /* where its tokens belong in job->ids; there is a place for each byte */
+    uint64_t hash;    /* of its bytes                                                        */
+    bool short_ascii; /* then its merges are interleaved with those of other gaps */
     llm__bpe_few few;
 } llm__enc_gap;
 
@@ -11229,36 +11233,36 @@ static void llm__enc_add_gap(llm__enc_job *job, llm__enc_batch *batch, const llm
     const bool ascii = !((w->key[0] | w->key[1]) & 0x8080808080808080u);
     g->word = *w;
     g->at = at;
-    /* Others are cut into parts before they are merged. In SentencePiece, words have the marks behind them. */
-    g->in_turn = w->n <= LLM__KNOWN_SHORT && ascii && !job->t->sentencepiece;
+    /* Other words are cut into parts before they are merged. In SentencePiece, words have the marks behind them. */
+    g->short_ascii = w->n <= LLM__KNOWN_SHORT && ascii && !job->t->sentencepiece;
     for (int i = 0; i < batch->n_gaps; i++) /* the same word again will be known by then */
         if (batch->gaps[i].word.line == w->line && !llm__enc_differs(batch->gaps[i].word.key, w->key))
-            g->in_turn = false;
+            g->short_ascii = false;
     g->hash = llm__hash_bytes(w->p, w->n);
     __builtin_prefetch(&job->t->pieces[g->hash & job->t->piece_mask]);
     batch->n_gaps++;
 }
 
-/* Merges the words of the gaps that are in turn, one merge of each at a time. */
+/* Merges the short words of ASCII in rounds. A round does one merge of each word. */
 static void llm__enc_merge_gaps(llm__enc_job *job, llm__enc_gap *gaps, int n) {
     const llm_tokenizer *t = job->t;
-    llm__bpe_few *turns[LLM__ENC_GAPS];
+    llm__bpe_few *words[LLM__ENC_GAPS];
     llm__bpe_symbol s[LLM__SHORT_WORD];
     int left = 0;
     for (int i = 0; i < n; i++) {
         const llm__enc_seen *w = &gaps[i].word;
-        if (!gaps[i].in_turn) continue;
+        if (!gaps[i].short_ascii) continue;
         s[0].id = llm__vocab_find_hashed(t, w->p, w->n, gaps[i].hash);
         const bool whole = s[0].id != LLM__NONE && (t->ignore_merges || llm__bpe_is_whole(job->env, t, s[0].id));
         llm__bpe_few_begin(t, &gaps[i].few, s, whole ? 1 : llm__bpe_char_symbols(job->env, t, w->p, w->n, s));
-        if (!whole) turns[left++] = &gaps[i].few;
+        if (!whole) words[left++] = &gaps[i].few;
     }
     while (left) {
         int still = 0;
         for (int i = 0; i < left; i++)
-            if (llm__bpe_few_merge(t, turns[i])) turns[still++] = turns[i];
+            if (llm__bpe_few_merge(t, words[i])) words[still++] = words[i];
         left = still;
-        for (int i = 0; i < left; i++) llm__bpe_few_rank(t, turns[i]);
+        for (int i = 0; i < left; i++) llm__bpe_few_rank(t, words[i]);
     }
 }
 
@@ -11272,7 +11276,7 @@ static void llm__enc_close_gaps(llm__enc_job *job, llm__enc_batch *batch) {
     job->count = gaps[0].at;
     for (int i = 0; i < n; i++) {
         const size_t from = gaps[i].at + gaps[i].word.n, to = i + 1 < n ? gaps[i + 1].at : end;
-        if (gaps[i].in_turn) llm__enc_merged_word(job, &gaps[i].word, &gaps[i].few);
+        if (gaps[i].short_ascii) llm__enc_merged_word(job, &gaps[i].word, &gaps[i].few);
         else llm__enc_seen_word(job, &gaps[i].word, false);
         memmove(job->ids + job->count, job->ids + from, (to - from) * sizeof *job->ids);
         job->count += to - from;
@@ -21345,7 +21349,6 @@ struct llm_context {
     uint64_t *picked_at;    /* [n_seq] when the library last used it; 0: it is the host's, or unused */
     uint64_t clock;         /* counts uses of picked sequences, for picked_at */
     bool *runs;             /* [n_seq] a running stream writes this sequence, so no one else may change it */
-    bool *gives;            /* [n_seq] a stream that reads a prompt counts on blocks that this sequence gives back */
     llm_stream *streams;    /* a list, the oldest first */
     llm_stream **sampled;   /* [n_seq] the streams whose rows are sampled at the same time */
     llm_stream *turn;       /* the stream that the next pass serves first; NULL: the oldest */
@@ -21367,6 +21370,7 @@ struct llm_context {
 /* These two are in section 25. */
 static void llm__stream_settle(llm_context *ctx);
 static void llm__stream_free_all(llm_context *ctx);
+static bool llm__stream_gives(const llm_context *ctx, int seq);
 
 /* How many rows are sampled at the same time. */
 static int llm__ctx_count_scratch(const llm_context_desc *d, const llm_backend *backend) {
@@ -21491,7 +21495,6 @@ static void llm__ctx_body(llm__env *env, void *arg) {
     }
     ctx->picked_at = (uint64_t *)llm__alloc_zero(env, n_seq, sizeof *ctx->picked_at);
     ctx->runs = (bool *)llm__alloc_zero(env, n_seq, sizeof *ctx->runs);
-    ctx->gives = (bool *)llm__alloc_zero(env, n_seq, sizeof *ctx->gives);
     ctx->sampled = (llm_stream **)llm__alloc_zero(env, n_seq, sizeof *ctx->sampled);
     ctx->step_tokens = (llm_token *)llm__alloc(env, step_room, sizeof *ctx->step_tokens);
     ctx->step_seqs = (int *)llm__alloc(env, step_room, sizeof *ctx->step_seqs);
@@ -21766,7 +21769,7 @@ enum { LLM__SEQ_WORTH_SHARING = LLM_CACHE_BLOCK / 2 };
 static int llm__seq_start(llm_context *ctx, int seq, const llm_token *ids, int n, bool shifted, int *own) {
     int parent = seq, best = *own = llm__seq_common(ctx, seq, ids, n, shifted), least = best + LLM__SEQ_WORTH_SHARING;
     for (int other = 0; other < ctx->desc.n_seq; other++) {
-        int same = other == seq || ctx->gives[other] ? 0 : llm__seq_common(ctx, other, ids, n, false);
+        int same = other == seq || llm__stream_gives(ctx, other) ? 0 : llm__seq_common(ctx, other, ids, n, false);
         if (same < least || same <= best) continue;
         best = same;
         parent = other;
@@ -29855,7 +29858,7 @@ static void llm__stream_stop(llm_stream *s, llm_status status) {
     s->running = false;
     s->n_rows = 0;
     s->status = llm__ctx_tell_ranks(ctx, status);
-    ctx->runs[s->desc.seq] = ctx->gives[s->desc.seq] = false;
+    ctx->runs[s->desc.seq] = false;
     if (ctx->picked_at[s->desc.seq]) ctx->picked_at[s->desc.seq] = ++ctx->clock;
 }
 
@@ -29922,12 +29925,15 @@ static void llm__stream_finish(llm_stream *s, llm_stop stop) {
 
 /* ---- Beginning ---- */
 
-/* Blocks that the rest of a prompt will take. Notes whether it counts on blocks that its sequence gives back. */
-static int llm__stream_needs(const llm_stream *s) {
-    llm_context *ctx = s->ctx;
-    int n = s->n_ids - s->n_read, needed = llm__seq_needs(ctx, s->desc.seq, n);
-    ctx->gives[s->desc.seq] = needed < llm__cache_needs(&ctx->cache, s->desc.seq, n);
-    return needed;
+/* Blocks that the rest of a prompt will take. */
+static int llm__stream_needs(const llm_stream *s) { return llm__seq_needs(s->ctx, s->desc.seq, s->n_ids - s->n_read); }
+
+/* Returns whether a running stream reads its prompt into this sequence and counts on blocks that the sequence will give
+   back. */
+static bool llm__stream_gives(const llm_context *ctx, int seq) {
+    const llm_stream *s = ctx->cache.window ? ctx->streams : NULL;
+    while (s && !(s->running && s->desc.seq == seq)) s = s->next;
+    return s && llm__stream_needs(s) < llm__cache_needs(&ctx->cache, seq, s->n_ids - s->n_read);
 }
 
 /* The same for those of all running streams. */
@@ -29966,7 +29972,6 @@ static void llm__stream_take_sequence(llm__env *env, llm_stream *s) {
     ctx->runs[*seq] = true; /* so that it is not dropped to make room for itself */
     bool room = llm__seq_make_room(ctx, needed + promised);
     ctx->runs[*seq] = room;
-    ctx->gives[*seq] = room && ctx->gives[*seq];
     if (!room)
         llm__fail(env, LLM_ERROR_CONTEXT_FULL,
                   "the prompt needs %lld positions of the cache, but %lld are free (n_cache)",
@@ -30033,7 +30038,7 @@ static bool llm__stream_waits(const llm_stream *s) {
     for (const llm_stream *older = s->ctx->streams; older != s; older = older->next) {
         int same = 0, most = llm__gen_first_logits(s);
         if (older->n_ids < most) most = older->n_ids;
-        if (!older->running || !llm__stream_is_reading(older) || s->ctx->gives[older->desc.seq]) continue;
+        if (!older->running || !llm__stream_is_reading(older) || llm__stream_gives(s->ctx, older->desc.seq)) continue;
         while (same < most && older->ids[same] == s->ids[same]) same++;
         if (same > older->n_read && same >= s->n_read + LLM__SEQ_WORTH_SHARING) return true;
     }
@@ -31989,9 +31994,9 @@ typedef struct LLM__FN(operands) {
 } LLM__FN(operands);
 
 /* The sums over one block of TILES tiles. Even and odd weights are two chains of sums. With several rows the products
-   take so long that the hardware prefetcher falls behind. So we prefetch 16 KiB ahead into the L2 cache, and 4 KiB ahead
-   into the L1 cache; 4 rows of bf16 then take as long as one (Zen 4, two cores). Integers take longer: for them it is 8
-   and 2 KiB (a tenth faster on Granite Rapids). */
+   take so long that the hardware prefetcher falls behind. So we prefetch 16 KiB ahead into the L2 cache, and 4 KiB
+   ahead into the L1 cache; 4 rows of bf16 then take as long as one (Zen 4, two cores). Integers take longer: for them
+   it is 8 and 2 KiB (a tenth faster on Granite Rapids). */
 LLM__INLINE void LLM__FN(block)(const int ROWS, const int TILES, const llm__weight_type KIND, const bool WIDE,
                                 LLM__FN(operands) in, V *sum) {
     const int QUARTER = LLM__FN(inputs) / 4,
@@ -32330,8 +32335,8 @@ LLM__INLINE void LLM__FN(group)(const int ROWS, const int TILES, const llm__weig
     }
 }
 
-/* Multiplies a single row by a tile. Prefetches 16 KiB ahead into the L2 cache and 4 KiB ahead into the L1 cache: beside
-   the numbers also the scales, which lie behind all numbers of a tile. */
+/* Multiplies a single row by a tile. Prefetches the numbers, and the scales, which lie behind all numbers of a tile:
+   16 KiB ahead into the L2 cache and 4 KiB ahead into the L1 cache. */
 LLM__INLINE void LLM__FN(group_row)(const llm__weight_type KIND, const llm__kernel_group *x, const uint8_t *tile,
                                     int n_groups, float *y) {
     const uint8_t *scales = tile + (size_t)n_groups * LLM__NUMBER_BYTES(KIND),
