@@ -1852,6 +1852,7 @@ static void llm__utf8_trim(char *text) {
 
 #define LLM__PRINTF(f, a) __attribute__((format(printf, f, a)))
 #define LLM__NORETURN __attribute__((noreturn))
+#define LLM__ALWAYS_INLINE static inline __attribute__((always_inline)) /* also into what is compiled for size */
 #define LLM__NOINLINE __attribute__((noinline))
 #define LLM__UNUSED __attribute__((unused))
 
@@ -2165,9 +2166,23 @@ static double llm__clock_now(void) {
 }
 
 /* Little-endian integers at any alignment. */
-static uint16_t llm__bytes_u16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
-static uint32_t llm__bytes_u32(const uint8_t *p) { return llm__bytes_u16(p) | (uint32_t)llm__bytes_u16(p + 2) << 16; }
-static uint64_t llm__bytes_u64(const uint8_t *p) { return llm__bytes_u32(p) | (uint64_t)llm__bytes_u32(p + 4) << 32; }
+LLM__ALWAYS_INLINE uint16_t llm__bytes_u16(const uint8_t *p) {
+    uint16_t x;
+    memcpy(&x, p, 2);
+    return x;
+}
+
+LLM__ALWAYS_INLINE uint32_t llm__bytes_u32(const uint8_t *p) {
+    uint32_t x;
+    memcpy(&x, p, 4);
+    return x;
+}
+
+LLM__ALWAYS_INLINE uint64_t llm__bytes_u64(const uint8_t *p) {
+    uint64_t x;
+    memcpy(&x, p, 8);
+    return x;
+}
 
 /* A checksum of 64 bits over lines of 64 bytes. Each step is one-to-one in both arguments, so a change of one number of
    8 bytes always changes the sum. Four sums at a time, of every fourth number, keep up with the memory. */
@@ -2418,15 +2433,18 @@ typedef struct llm__cursor {
     llm__str name;           /* its name, if it has one */
 } llm__cursor;
 
-static const uint8_t *llm__cursor_bytes(llm__cursor *r, uint64_t n) {
+LLM__NORETURN static void llm__cursor_fail(const llm__cursor *r, uint64_t n) {
     if (n > r->size - r->at)
         llm__fail(r->env, LLM_ERROR_FORMAT,
                   "the file ends inside %s%.*s: it needs %llu bytes at offset %llu, but the file has %llu", r->what,
                   LLM__SHOW(r->name), (unsigned long long)n, (unsigned long long)r->at, (unsigned long long)r->size);
-    if (n > r->have - r->at)
-        llm__fail(r->env, LLM_ERROR_UNSUPPORTED,
-                  "%s%.*s goes on at offset %llu: longer headers are only read from files by path", r->what,
-                  LLM__SHOW(r->name), (unsigned long long)r->at);
+    llm__fail(r->env, LLM_ERROR_UNSUPPORTED,
+              "%s%.*s goes on at offset %llu: longer headers are only read from files by path", r->what,
+              LLM__SHOW(r->name), (unsigned long long)r->at);
+}
+
+LLM__ALWAYS_INLINE const uint8_t *llm__cursor_bytes(llm__cursor *r, uint64_t n) {
+    if (n > r->have - r->at) llm__cursor_fail(r, n);
     const uint8_t *p = r->data + r->at;
     r->at += n;
     return p;
@@ -4140,7 +4158,7 @@ static llm__gguf_value llm__gguf_read_value(llm__cursor *r) {
     if (size) {
         llm__cursor_bytes(r, v.count * size);
     } else {
-        for (uint64_t i = 0; i < v.count; i++) llm__cursor_str(r);
+        for (uint64_t i = 0; i < v.count; i++) llm__cursor_bytes(r, llm__bytes_u64(llm__cursor_bytes(r, 8)));
     }
     return v;
 }
@@ -4209,21 +4227,30 @@ static llm__str llm__gguf_str(llm__env *env, const llm__checkpoint *ck, const ch
     return s;
 }
 
+/* Where an array of n strings begins; NULL and *n = 0 if the key is absent. */
+static const uint8_t *llm__gguf_first_string(llm__env *env, const llm__checkpoint *ck, const char *key, size_t *n) {
+    const llm__gguf_value *v = llm__gguf_find(ck, key);
+    *n = v ? (size_t)v->count : 0;
+    if (v && (!v->is_array || v->type != LLM__GGUF_STRING))
+        llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not an array of strings", key);
+    return v ? v->data : NULL;
+}
+
+/* The string at *p, which moves on to the next one. */
+LLM__ALWAYS_INLINE llm__str llm__gguf_next_string(const uint8_t **p) {
+    llm__str s;
+    s.n = (size_t)llm__bytes_u64(*p);
+    s.at = (const char *)*p + 8;
+    *p += 8 + s.n;
+    return s;
+}
+
 /* An array of strings in new memory; NULL and *n = 0 if the key is absent. */
 static llm__str *llm__gguf_strings(llm__env *env, const llm__checkpoint *ck, const char *key, size_t *n) {
-    const llm__gguf_value *v = llm__gguf_find(ck, key);
-    *n = 0;
-    if (!v) return NULL;
-    if (!v->is_array || v->type != LLM__GGUF_STRING)
-        llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is not an array of strings", key);
-    llm__str *list = (llm__str *)llm__alloc_table(env, (size_t)v->count, sizeof *list);
-    const uint8_t *p = v->data;
-    for (uint64_t i = 0; i < v->count; i++) {
-        list[i].n = (size_t)llm__bytes_u64(p);
-        list[i].at = (const char *)p + 8;
-        p += 8 + list[i].n;
-    }
-    *n = (size_t)v->count;
+    const uint8_t *p = llm__gguf_first_string(env, ck, key, n);
+    if (!p) return NULL;
+    llm__str *list = (llm__str *)llm__alloc_table(env, *n, sizeof *list);
+    for (size_t i = 0; i < *n; i++) list[i] = llm__gguf_next_string(&p);
     return list;
 }
 
@@ -5071,7 +5098,7 @@ static const char *llm__hf_directory(llm__env *env, const char *path) {
 
 /* Increase the version when anything changes that is stored as it is in memory: tiles, slots of hash tables, hash
    functions, and the numbers of enums and flags. */
-enum { LLM__PACKED_VERSION = 1, LLM__PACKED_START = 64 };
+enum { LLM__PACKED_VERSION = 2, LLM__PACKED_START = 64 };
 
 typedef struct llm__packed_piece {
     const void *data;
@@ -9984,7 +10011,9 @@ typedef struct llm__vocab_source {
     const float *scores;    /* [n_pieces] order of the merges if there is no list of merges; otherwise NULL */
     const int32_t *types;   /* [n_pieces] llm__vocab_token_type; NULL: all normal */
     const uint16_t *traits; /* [n_pieces] flags LLM__END to LLM__IN_MODEL; NULL: none */
-    const llm__bpe_merge_text *merges; /* [n_merges] in order of rank */
+    const llm__bpe_merge_text *merges; /* [n_merges] in order of rank; NULL: they are in merge_lines */
+    const uint8_t *merge_lines;        /* n_merges strings "left right" of a GGUF file, one after the other */
+    bool room_before;                  /* 8 bytes can be read before each text of the pieces and merges */
     llm__pre_rule rules[LLM__MAX_RULES];
     int n_rules;
     bool nfc, ignore_merges;
@@ -10060,10 +10089,10 @@ struct llm_tokenizer {
     llm__bpe_merge_to *byte_pairs; /* [256][256] the merges of two ids from first_byte on; NULL: not used */
     uint32_t n_ranks;
     bool spaces_cut;         /* no merge crosses the front of a space after another character */
-    uint8_t joined[256][32]; /* [byte][byte / 8] one bit per pair of bytes that are adjacent in some piece */
-    uint8_t *char_joins;     /* bits of llm__bpe_join_bit, set where a piece goes on from one character to the next */
+    uint8_t joined[256][32]; /* [byte][byte / 8] one bit per pair of bytes between which some merge joins two tokens */
+    uint8_t *char_joins;     /* bits of llm__bpe_join_bit, set where a merge joins two characters */
     size_t join_mask;        /* bits - 1 */
-    uint16_t join_kinds[64][128]; /* [byte - 0xC0][byte before it - 0x80] bits llm__bpe_join_kind: such pieces exist */
+    uint16_t join_kinds[64][128]; /* [byte - 0xC0][byte before it - 0x80] bits llm__bpe_join_kind: such merges exist */
     llm_token byte_tokens[256];
     llm_token ascii_tokens[128];      /* the pieces of one character of ASCII */
     llm_token *char_tokens;           /* [LLM__N_CHARS] the pieces of one character of 2 or 3 bytes */
@@ -10086,53 +10115,83 @@ static int llm__vocab_type_of(const llm_tokenizer *t, llm_token id) { return t->
 
 /* ---- Hash tables: open addressing, at most two thirds full ---- */
 
-static uint64_t llm__load_tail(const uint8_t *p,
-                               size_t n) { /* n <= 8 bytes as a number; different bytes give different numbers */
-    uint64_t lo = 0, hi = 0;
-    if (n >= 4) {
-        memcpy(&lo, p, 4);
-        memcpy(&hi, p + n - 4, 4);
-        return lo | hi << 32;
-    }
-    return n ? (uint64_t)p[0] | (uint64_t)p[n / 2] << 8 | (uint64_t)p[n - 1] << 16 : 0;
+/* Reads the first n <= 8 bytes at p, where 8 can be read, and zeros. */
+static inline uint64_t llm__load_masked(const uint8_t *p, size_t n) {
+    return n ? llm__bytes_u64(p) & UINT64_MAX >> (64 - 8 * n) : 0;
 }
 
-static uint64_t llm__hash_mix(uint64_t h) {
+/* The same if no more than n bytes can be read. */
+static inline uint64_t llm__load_few(const uint8_t *p, size_t n) {
+    if (n >= 4) return llm__bytes_u32(p) | (uint64_t)llm__bytes_u32(p + n - 4) << (8 * n - 32);
+    return n ? (uint64_t)p[0] | (uint64_t)p[n / 2] << (8 * (n / 2)) | (uint64_t)p[n - 1] << (8 * (n - 1)) : 0;
+}
+
+/* Reads the first n <= 16 bytes at p, where 16 can be read, and zeros. */
+static inline void llm__load_16(const uint8_t *p, size_t n, uint64_t out[2]) {
+    static const uint8_t ones[32] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
+    uint64_t mask[2];
+    memcpy(out, p, 16);
+    memcpy(mask, ones + 16 - n, 16);
+    out[0] &= mask[0];
+    out[1] &= mask[1];
+}
+
+static inline uint64_t llm__hash_mix(uint64_t h) {
     h = (h ^ h >> 32) * 0x9E3779B97F4A7C15u;
     return h ^ h >> 29;
 }
 
-static uint64_t llm__hash_bytes(const uint8_t *p, size_t n) {
-    uint64_t h = llm__hash_mix(n + 1), eight;
-    for (; n > 8; p += 8, n -= 8) {
-        memcpy(&eight, p, 8);
-        h = llm__hash_mix(h ^ eight) * 0xD6E8FEB86659FD93u;
-    }
-    return llm__hash_mix((h ^ llm__load_tail(p, n)) * 0xD6E8FEB86659FD93u);
+static inline uint64_t llm__hash_tail(uint64_t h, uint64_t tail) {
+    return llm__hash_mix((h ^ tail) * 0xD6E8FEB86659FD93u);
 }
 
-/* The slot that holds these bytes, whose hash is h, or the free slot where they belong. *head receives the value that
-   slots compare: the bytes themselves if there are at most 8, otherwise their hash. Most pieces are short, so only the
-   slot is read for them. */
-static llm__vocab_piece_slot *llm__vocab_slot_of(const llm_tokenizer *t, const uint8_t *p, size_t n, uint64_t h,
-                                                 uint64_t *head, size_t *probes) {
-    *head = n <= 8 ? llm__load_tail(p, n) : h;
-    for (size_t i = h & t->piece_mask;; i = (i + 1) & t->piece_mask, ++*probes) {
+static uint64_t llm__hash_bytes(const uint8_t *p, size_t n) {
+    uint64_t h = n;
+    for (; n > 8; p += 8, n -= 8) h = llm__hash_mix(h ^ llm__bytes_u64(p)) * 0xD6E8FEB86659FD93u;
+    return llm__hash_tail(h, llm__load_few(p, n));
+}
+
+/* What the table of pieces knows of a text: the head, which its slots hold, is the text itself if it has at most 8
+   bytes, otherwise its hash. Most pieces are short, so only the slot is read for them. */
+typedef struct llm__vocab_key {
+    uint64_t head, hash;
+} llm__vocab_key;
+
+static inline llm__vocab_key llm__vocab_key_of(const uint8_t *p, size_t n) {
+    llm__vocab_key key;
+    key.hash = n <= 8 ? llm__hash_tail(n, key.head = llm__load_few(p, n)) : (key.head = llm__hash_bytes(p, n));
+    return key;
+}
+
+/* The same if 8 bytes can be read at p. */
+static inline llm__vocab_key llm__vocab_key_masked(const uint8_t *p, size_t n) {
+    llm__vocab_key key;
+    key.hash = n <= 8 ? llm__hash_tail(n, key.head = llm__load_masked(p, n)) : (key.head = llm__hash_bytes(p, n));
+    return key;
+}
+
+static inline void llm__vocab_prefetch(const llm_tokenizer *t, llm__vocab_key key) {
+    __builtin_prefetch(&t->pieces[key.hash & t->piece_mask]);
+}
+
+/* The slot that holds these bytes, or the free slot where they belong. */
+static inline llm__vocab_piece_slot *llm__vocab_slot_of(const llm_tokenizer *t, const uint8_t *p, size_t n,
+                                                        llm__vocab_key key, size_t *probes) {
+    for (size_t i = key.hash & t->piece_mask;; i = (i + 1) & t->piece_mask, ++*probes) {
         llm__vocab_piece_slot *slot = &t->pieces[i];
         if (slot->id == LLM__NONE) return slot;
-        if (slot->head != *head || slot->n != n) continue;
+        if (slot->head != key.head || slot->n != n) continue;
         if (n <= 8 || !memcmp(llm__vocab_piece(t, slot->id).at, p, n)) return slot;
     }
 }
 
-static llm_token llm__vocab_find_hashed(const llm_tokenizer *t, const uint8_t *p, size_t n, uint64_t h) {
-    uint64_t head;
+static inline llm_token llm__vocab_find_key(const llm_tokenizer *t, const uint8_t *p, size_t n, llm__vocab_key key) {
     size_t probes = 0;
-    return n && n <= t->longest_piece ? llm__vocab_slot_of(t, p, n, h, &head, &probes)->id : LLM__NONE;
+    return n && n <= t->longest_piece ? llm__vocab_slot_of(t, p, n, key, &probes)->id : LLM__NONE;
 }
 
 static llm_token llm__vocab_find(const llm_tokenizer *t, const uint8_t *p, size_t n) {
-    return llm__vocab_find_hashed(t, p, n, llm__hash_bytes(p, n));
+    return n <= t->longest_piece ? llm__vocab_find_key(t, p, n, llm__vocab_key_of(p, n)) : LLM__NONE;
 }
 
 static uint64_t llm__bpe_pair_hash(llm_token left, llm_token right) {
@@ -10176,72 +10235,80 @@ static llm__bpe_merge_to llm__bpe_find_pair(const llm_tokenizer *t, llm_token le
 
 /* ---- Merging ---- */
 
-typedef struct llm__bpe_symbol {
-    llm_token id, merged;    /* merged: the id if this symbol is joined with the next */
-    uint32_t rank;           /* of that merge; LLM__NO_RANK if there is none */
-    uint32_t previous, next; /* indices of the neighbours; LLM__NO_PLACE at the ends */
-} llm__bpe_symbol;
-
-enum { LLM__SHORT_WORD = 32 };
+enum { LLM__SHORT_WORD = 32, LLM__MEDIUM_WORD = 256 };
 #define LLM__NO_PLACE UINT32_MAX
 
-/* The pair that was looked up last: in a run of one letter it comes again and again. */
+/* Pairs that have just been looked up. In a repeated text, such as a run of one letter, a few come again and again. */
+enum { LLM__RECENT_BITS = 6 };
+
 typedef struct llm__bpe_recent {
-    llm_token left, right;
-    llm__bpe_merge_to merge;
+    struct {
+        llm_token left, right;
+        llm__bpe_merge_to merge;
+    } pairs[1 << LLM__RECENT_BITS];
 } llm__bpe_recent;
 
-static void llm__bpe_rank_symbol(const llm_tokenizer *t, llm__bpe_symbol *s, const llm__bpe_symbol *next,
-                                 llm__bpe_recent *recent) {
-    s->rank = LLM__NO_RANK;
-    s->merged = LLM__NONE;
-    if (!next) return;
-    if (recent->left != s->id || recent->right != next->id) {
-        recent->left = s->id;
-        recent->right = next->id;
-        recent->merge = llm__bpe_find_pair(t, s->id, next->id);
+static inline llm__bpe_merge_to llm__bpe_find_recent(const llm_tokenizer *t, llm_token left, llm_token right,
+                                                     llm__bpe_recent *recent) {
+    const uint32_t h = (uint32_t)left * 0x9E3779B1u + (uint32_t)right * 0x85EBCA6Bu, i = h >> (32 - LLM__RECENT_BITS);
+    if (recent->pairs[i].left != left || recent->pairs[i].right != right) {
+        recent->pairs[i].left = left;
+        recent->pairs[i].right = right;
+        recent->pairs[i].merge = llm__bpe_find_pair(t, left, right);
     }
-    s->rank = recent->merge.rank;
-    s->merged = recent->merge.merged;
+    return recent->pairs[i].merge;
 }
 
-/* Does all merges of the lowest rank from left to right, stopping early if a merge enables one of lower rank. Returns
-   the number of symbols that remain; *n_merged is the number of merges done. */
-static size_t llm__bpe_merge_lowest(const llm_tokenizer *t, llm__bpe_symbol *s, size_t n, size_t *n_merged) {
-    llm__bpe_recent recent[2] = {{LLM__NONE, LLM__NONE, {0, 0}}, {LLM__NONE, LLM__NONE, {0, 0}}};
+/* Does all merges of the lowest rank from left to right, stopping early if a merge enables one of lower rank. ranks[i]
+   is the rank of the merge of token i with the next one. Returns the number of tokens that remain; *n_merged is the
+   number of merges done. */
+static size_t llm__bpe_merge_lowest(const llm_tokenizer *t, llm__bpe_recent *recent, llm_token *ids, uint32_t *ranks,
+                                    size_t n, size_t *n_merged) {
     uint32_t rank = LLM__NO_RANK;
     size_t j = 0;
     *n_merged = 0;
-    for (size_t i = 0; i < n; i++) rank = s[i].rank < rank ? s[i].rank : rank;
+    for (size_t i = 0; i < n; i++) rank = ranks[i] < rank ? ranks[i] : rank;
     if (rank == LLM__NO_RANK) return n;
     bool lower = false;
     for (size_t i = 0; i < n; j++) {
-        s[j] = s[i++];
+        ids[j] = ids[i];
+        ranks[j] = ranks[i++];
         while (!lower) {
-            if (j && s[j - 1].rank == rank) j--; /* s[j + 1] has become part of s[j] */
-            else if (s[j].rank == rank) i++;     /* s[i - 1] has become part of it */
+            llm_token right;
+            if (j && ranks[j - 1] == rank) right = ids[j--]; /* with the token before */
+            else if (ranks[j] == rank) right = ids[i++];     /* with the token behind */
             else break;
+            const llm_token left = ids[j], merged = llm__bpe_find_recent(t, left, right, recent).merged;
+            ids[j] = merged;
             ++*n_merged;
-            s[j].id = s[j].merged;
-            llm__bpe_rank_symbol(t, &s[j], i < n ? &s[i] : NULL, &recent[0]);
-            if (j) llm__bpe_rank_symbol(t, &s[j - 1], &s[j], &recent[1]);
-            lower = s[j].rank < rank || (j && s[j - 1].rank < rank);
+            if (j) ranks[j - 1] = llm__bpe_find_recent(t, ids[j - 1], merged, recent).rank;
+            /* Where the same two tokens come again and again, as in a run of one letter, nothing else can happen. */
+            if (i + 1 < n && ids[i] == left && ids[i + 1] == right && (!j || ranks[j - 1] > rank)) {
+                const uint32_t next = llm__bpe_find_recent(t, merged, merged, recent).rank;
+                const bool goes_on = next > rank && llm__bpe_find_recent(t, merged, left, recent).rank > rank;
+                for (; goes_on && i + 1 < n && ids[i] == left && ids[i + 1] == right; i += 2, ++*n_merged) {
+                    ranks[j++] = next;
+                    ids[j] = merged;
+                }
+            }
+            ranks[j] = i < n ? llm__bpe_find_recent(t, merged, ids[i], recent).rank : LLM__NO_RANK;
+            lower = ranks[j] < rank || (j && ranks[j - 1] < rank);
         }
     }
     return j;
 }
 
 /* For long words: a heap of the places that can merge, ordered by rank, then by place. Entries go stale when a place
-   changes; a stale entry is recognised because the symbol's rank has changed. */
+   changes; a stale entry is recognised because the place's rank has changed. */
 typedef struct llm__bpe_heap {
     llm__env *env;
     uint64_t *items; /* rank << 32 | place */
     size_t n, room;
 } llm__bpe_heap;
 
-static void llm__bpe_heap_push(llm__bpe_heap *h, const llm__bpe_symbol *symbols, uint32_t place) {
-    if (symbols[place].rank == LLM__NO_RANK) return;
-    uint64_t item = (uint64_t)symbols[place].rank << 32 | place;
+static void llm__bpe_heap_push(llm__bpe_heap *h, const uint32_t *ranks, uint32_t place) {
+    if (ranks[place] == LLM__NO_RANK) return;
+    uint64_t item = (uint64_t)ranks[place] << 32 | place;
     h->items = (uint64_t *)llm__alloc_grow(h->env, h->items, h->n, &h->room, sizeof *h->items);
     size_t i = h->n++;
     for (; i && h->items[(i - 1) / 2] > item; i = (i - 1) / 2) h->items[i] = h->items[(i - 1) / 2];
@@ -10261,32 +10328,41 @@ static uint64_t llm__bpe_heap_pop(llm__bpe_heap *h) {
     return top;
 }
 
-static size_t llm__bpe_merge_by_heap(llm__env *env, const llm_tokenizer *t, llm__bpe_symbol *s, size_t n) {
+/* The neighbours of a token; LLM__NO_PLACE at the ends. */
+typedef struct llm__bpe_links {
+    uint32_t previous, next;
+} llm__bpe_links;
+
+static size_t llm__bpe_merge_by_heap(llm__env *env, const llm_tokenizer *t, llm__bpe_recent *recent, llm_token *ids,
+                                     uint32_t *ranks, size_t n) {
     llm__bpe_heap h = {env, NULL, 0, 0};
-    llm__bpe_recent recent = {LLM__NONE, LLM__NONE, {0, 0}};
     size_t count = 0;
     if (n > UINT32_MAX / 2) llm__fail(env, LLM_ERROR_UNSUPPORTED, "a word of %llu bytes", (unsigned long long)n);
+    llm__bpe_links *links = (llm__bpe_links *)llm__alloc(env, n, sizeof *links);
     for (uint32_t i = 0; i < n; i++) {
-        s[i].previous = i ? i - 1 : LLM__NO_PLACE;
-        s[i].next = i + 1 < n ? i + 1 : LLM__NO_PLACE;
-        llm__bpe_heap_push(&h, s, i);
+        links[i].previous = i ? i - 1 : LLM__NO_PLACE;
+        links[i].next = i + 1 < n ? i + 1 : LLM__NO_PLACE;
+        llm__bpe_heap_push(&h, ranks, i);
     }
     while (h.n) {
         uint64_t top = llm__bpe_heap_pop(&h);
-        uint32_t place = (uint32_t)top, right = s[place].next, previous = s[place].previous;
-        if (s[place].rank != top >> 32) continue;
-        s[right].rank = LLM__NO_RANK; /* it has become part of s[place] */
-        s[place].id = s[place].merged;
-        s[place].next = s[right].next;
-        if (s[right].next != LLM__NO_PLACE) s[s[right].next].previous = place;
-        llm__bpe_rank_symbol(t, &s[place], s[place].next == LLM__NO_PLACE ? NULL : &s[s[place].next], &recent);
-        llm__bpe_heap_push(&h, s, place);
+        uint32_t place = (uint32_t)top, right = links[place].next, previous = links[place].previous;
+        if (ranks[place] != top >> 32) continue;
+        uint32_t next = links[right].next;
+        ids[place] = llm__bpe_find_pair(t, ids[place], ids[right]).merged;
+        ranks[right] = LLM__NO_RANK; /* it has become part of the token at `place` */
+        links[place].next = next;
+        if (next != LLM__NO_PLACE) links[next].previous = place;
+        ranks[place] =
+            next == LLM__NO_PLACE ? LLM__NO_RANK : llm__bpe_find_recent(t, ids[place], ids[next], recent).rank;
+        llm__bpe_heap_push(&h, ranks, place);
         if (previous == LLM__NO_PLACE) continue;
-        llm__bpe_rank_symbol(t, &s[previous], &s[place], &recent);
-        llm__bpe_heap_push(&h, s, previous);
+        ranks[previous] = llm__bpe_find_recent(t, ids[previous], ids[place], recent).rank;
+        llm__bpe_heap_push(&h, ranks, previous);
     }
+    for (uint32_t i = 0; i != LLM__NO_PLACE; i = links[i].next) ids[count++] = ids[i];
     llm__free(env->pool, h.items);
-    for (uint32_t i = 0; i != LLM__NO_PLACE; i = s[i].next) s[count++] = s[i];
+    llm__free(env->pool, links);
     return count;
 }
 
@@ -10309,10 +10385,10 @@ static inline uint64_t llm__bpe_few_key(llm__bpe_merge_to to, int i) {
     return (uint64_t)to.rank << 32 | (uint64_t)i << 24 | ((uint32_t)to.merged & 0xFFFFFF);
 }
 
-static void llm__bpe_few_begin(const llm_tokenizer *t, llm__bpe_few *f, const llm__bpe_symbol *s, size_t n) {
+static void llm__bpe_few_begin(const llm_tokenizer *t, llm__bpe_few *f, const llm_token *ids, size_t n) {
     f->ids[0] = f->ids[n + 1] = LLM__NONE;
     f->merges[0] = f->merges[n] = UINT64_MAX;
-    for (size_t i = 0; i < n; i++) f->ids[i + 1] = s[i].id;
+    for (size_t i = 0; i < n; i++) f->ids[i + 1] = ids[i];
     for (size_t i = 1; i < n; i++)
         f->merges[i] = llm__bpe_few_key(llm__bpe_find_pair(t, f->ids[i], f->ids[i + 1]), (int)i);
     f->live = ((uint64_t)4 << n) - 1;
@@ -10369,20 +10445,18 @@ static inline void llm__bpe_few_rank(const llm_tokenizer *t, llm__bpe_few *f) {
     f->merges[before] = llm__bpe_few_find(t, f->ids[before], f->ids[at], f->before_slot, before);
 }
 
-/* Stores the symbols that are left, and returns their number. */
-static size_t llm__bpe_few_end(const llm__bpe_few *f, llm__bpe_symbol *s) {
+/* Stores the tokens that are left, and returns their number. */
+static size_t llm__bpe_few_end(const llm__bpe_few *f, llm_token *ids) {
     size_t n = 0;
-    for (int i = 0; (i = llm__bpe_few_next(f, i)) <= f->n; n++) s[n].id = f->ids[i];
+    for (int i = 0; (i = llm__bpe_few_next(f, i)) <= f->n; n++) ids[n] = f->ids[i];
     return n;
 }
 
-/* Merges the n symbols of a short word and returns how many remain: the leftmost pair of the lowest rank, again and
+/* Merges the n tokens of a short word and returns how many remain: the leftmost pair of the lowest rank, again and
    again. */
-static size_t llm__bpe_merge_few(const llm_tokenizer *t, llm__bpe_symbol *s, size_t n) {
-    llm_token ids[LLM__SHORT_WORD];
+static size_t llm__bpe_merge_few(const llm_tokenizer *t, llm_token *ids, size_t n) {
     llm__bpe_merge_to merges[LLM__SHORT_WORD]; /* of each symbol with the next one */
     const llm__bpe_merge_to none = {LLM__NONE, LLM__NO_RANK};
-    for (size_t i = 0; i < n; i++) ids[i] = s[i].id;
     for (size_t i = 0; i < n; i++) merges[i] = i + 1 < n ? llm__bpe_find_pair(t, ids[i], ids[i + 1]) : none;
     while (n > 1) {
         size_t at = 0;
@@ -10401,22 +10475,27 @@ static size_t llm__bpe_merge_few(const llm_tokenizer *t, llm__bpe_symbol *s, siz
         merges[at] = at + 1 < n ? llm__bpe_find_pair(t, ids[at], ids[at + 1]) : none;
         if (at) merges[at - 1] = llm__bpe_find_pair(t, ids[at - 1], ids[at]);
     }
-    for (size_t i = 0; i < n; i++) s[i].id = ids[i];
     return n;
 }
 
-/* Merges n symbols and returns how many remain. The heap bounds the time for long words, but is slow. If many places
+/* Merges n tokens and returns how many remain. The heap bounds the time for long words, but is slow. If many places
    share one rank, as in a run of one letter, going over the word rank by rank is much faster. */
-static size_t llm__bpe_merge(llm__env *env, const llm_tokenizer *t, llm__bpe_symbol *s, size_t n) {
-    llm__bpe_recent recent[2] = {{LLM__NONE, LLM__NONE, {0, 0}}, {LLM__NONE, LLM__NONE, {0, 0}}};
+static size_t llm__bpe_merge(llm__env *env, const llm_tokenizer *t, llm_token *ids, size_t n) {
+    llm__bpe_recent recent;
+    uint32_t medium[LLM__MEDIUM_WORD], *ranks = medium;
     size_t n_merged = 1;
-    if (n <= LLM__SHORT_WORD) return llm__bpe_merge_few(t, s, n);
-    for (size_t i = 0; i < n; i++) llm__bpe_rank_symbol(t, &s[i], i + 1 < n ? &s[i + 1] : NULL, &recent[i % 2]);
+    if (n <= LLM__SHORT_WORD) return llm__bpe_merge_few(t, ids, n);
+    if (n > LLM__MEDIUM_WORD) ranks = (uint32_t *)llm__alloc_table(env, n, sizeof *ranks);
+    memset(&recent, 0xFF, sizeof recent); /* pairs of LLM__NONE */
+    for (size_t i = 0; i + 1 < n; i++) ranks[i] = llm__bpe_find_recent(t, ids[i], ids[i + 1], &recent).rank;
+    ranks[n - 1] = LLM__NO_RANK;
     for (int patience = 8; patience && n_merged;) {
-        n = llm__bpe_merge_lowest(t, s, n, &n_merged);
+        n = llm__bpe_merge_lowest(t, &recent, ids, ranks, n, &n_merged);
         if (n_merged < n / 64) patience--;
     }
-    return n_merged ? llm__bpe_merge_by_heap(env, t, s, n) : n;
+    if (n_merged) n = llm__bpe_merge_by_heap(env, t, &recent, ids, ranks, n);
+    if (ranks != medium) llm__free(env->pool, ranks);
+    return n;
 }
 
 /* Between characters that are not ASCII, two bytes say little. There we look at up to 3 bytes on both sides of the
@@ -10480,15 +10559,15 @@ static bool llm__bpe_may_join(const llm_tokenizer *t, const uint8_t *begin, cons
     return !llm__bpe_between_characters(p) || llm__bpe_joins(t, begin, p, end, 0x1FF);
 }
 
-/* The symbols that merging starts from: one token per byte or, for SentencePiece, per character. A character without a
-   token becomes its bytes, or the unknown token. If those do not exist either, it is dropped, as in Hugging Face's
+/* The tokens that merging starts from: one per byte or, for SentencePiece, per character. A character without a token
+   becomes its bytes, or the unknown token. If those do not exist either, it is dropped, as in Hugging Face's
    tokenizers. */
-static size_t llm__bpe_first_symbols(const llm_tokenizer *t, const uint8_t *p, size_t n, llm__bpe_symbol *s) {
+static size_t llm__bpe_first_tokens(const llm_tokenizer *t, const uint8_t *p, size_t n, llm_token *ids) {
     const uint8_t *end = p + n, *next;
     size_t count = 0;
     for (; !t->sentencepiece && p < end; p++) {
         llm_token id = t->byte_tokens[*p] != LLM__NONE ? t->byte_tokens[*p] : t->unk;
-        if (id != LLM__NONE) s[count++].id = id;
+        if (id != LLM__NONE) ids[count++] = id;
     }
     while (p < end) {
         size_t length = llm__utf8_length(p, end), n_bytes = 0;
@@ -10498,9 +10577,9 @@ static size_t llm__bpe_first_symbols(const llm_tokenizer *t, const uint8_t *p, s
         if (id == LLM__NONE)
             while (n_bytes < length && t->byte_tokens[p[n_bytes]] != LLM__NONE) n_bytes++;
         if (id == LLM__NONE && n_bytes < length) id = t->unk;
-        if (id != LLM__NONE) s[count++].id = id;
+        if (id != LLM__NONE) ids[count++] = id;
         else
-            for (size_t i = 0; i < n_bytes && n_bytes == length; i++) s[count++].id = t->byte_tokens[p[i]];
+            for (size_t i = 0; i < n_bytes && n_bytes == length; i++) ids[count++] = t->byte_tokens[p[i]];
         p += length;
     }
     return count;
@@ -10519,29 +10598,33 @@ typedef enum llm__bpe_whole {
 static bool llm__bpe_is_whole(llm__env *env, const llm_tokenizer *t, llm_token id) {
     uint8_t whole = __atomic_load_n(&t->whole[id], __ATOMIC_RELAXED);
     if (whole != LLM__WHOLE_UNKNOWN) return whole == LLM__WHOLE_YES;
-    llm__bpe_symbol few[LLM__SHORT_WORD], *s = few;
+    llm_token medium[LLM__MEDIUM_WORD], *ids = medium;
     llm__str piece = llm__vocab_piece(t, id);
-    if (piece.n > LLM__SHORT_WORD) s = (llm__bpe_symbol *)llm__alloc(env, piece.n, sizeof *s);
-    size_t n = llm__bpe_merge(env, t, s, llm__bpe_first_symbols(t, (const uint8_t *)piece.at, piece.n, s));
-    whole = n == 1 && s[0].id == id ? LLM__WHOLE_YES : LLM__WHOLE_NO;
-    if (s != few) llm__free(env->pool, s);
+    if (piece.n > LLM__MEDIUM_WORD) ids = (llm_token *)llm__alloc(env, piece.n, sizeof *ids);
+    size_t n = llm__bpe_merge(env, t, ids, llm__bpe_first_tokens(t, (const uint8_t *)piece.at, piece.n, ids));
+    whole = n == 1 && ids[0] == id ? LLM__WHOLE_YES : LLM__WHOLE_NO;
+    if (ids != medium) llm__free(env->pool, ids);
     __atomic_store_n(&t->whole[id], whole, __ATOMIC_RELAXED);
     return whole == LLM__WHOLE_YES;
 }
 
-/* The symbols that merging a part of a word may start from, with the same result as from llm__bpe_first_symbols. A
-   character is one symbol, not its bytes, if no piece joins a part of it with what is around it. Then its bytes can
-   only become that symbol, and they do so before it merges, as its merges have higher ranks. */
-static size_t llm__bpe_char_symbols(llm__env *env, const llm_tokenizer *t, const uint8_t *p, size_t n,
-                                    llm__bpe_symbol *s) {
+static bool llm__ascii_all(const uint8_t *p, size_t n) {
+    uint64_t bits = 0;
+    size_t i = 0;
+    for (; n - i >= 8; i += 8) bits |= llm__bytes_u64(p + i);
+    return !((bits | llm__load_few(p + i, n - i)) & 0x8080808080808080u);
+}
+
+/* The tokens that merging a part of a word may start from, with the same result as from llm__bpe_first_tokens. A
+   character is one token, not its bytes, if no piece joins a part of it with what is around it. Then its bytes can
+   only become that token, and they do so before it merges, as its merges have higher ranks. */
+static size_t llm__bpe_char_tokens(llm__env *env, const llm_tokenizer *t, const uint8_t *p, size_t n, llm_token *ids) {
     const uint8_t *const begin = p, *const end = p + n, *next;
     size_t count = 0;
-    bool ascii = true, complete = true; /* complete: no byte is left out, which would give others new neighbours */
-    for (size_t i = 0; i < n; i++) {
-        ascii = ascii && p[i] < 0x80;
-        complete = complete && t->byte_tokens[p[i]] != LLM__NONE;
-    }
-    if (ascii || !complete || t->sentencepiece || !t->ranks_grow) return llm__bpe_first_symbols(t, p, n, s);
+    bool complete = true; /* no byte is left out, which would give others new neighbours */
+    if (t->sentencepiece || !t->ranks_grow || llm__ascii_all(p, n)) return llm__bpe_first_tokens(t, p, n, ids);
+    for (size_t i = 0; i < n; i++) complete = complete && t->byte_tokens[p[i]] != LLM__NONE;
+    if (!complete) return llm__bpe_first_tokens(t, p, n, ids);
     /* free_left, free_right: no piece joins a part of the character with what is before it, or behind it. */
     for (bool free_left = true; p < end; p = next) {
         const int length = *p < 0xC0 ? 1 : llm__utf8_bytes_from(*p);
@@ -10554,8 +10637,8 @@ static size_t llm__bpe_char_symbols(llm__env *env, const llm_tokenizer *t, const
         }
         llm_token id = LLM__NONE;
         if (free_left && free_right && (length == 2 || length == 3)) id = t->char_tokens[llm__utf8_decode(p, &next)];
-        if (id != LLM__NONE && llm__bpe_is_whole(env, t, id)) s[count++].id = id;
-        else count += llm__bpe_first_symbols(t, p, (size_t)(next - p), s + count);
+        if (id != LLM__NONE && llm__bpe_is_whole(env, t, id)) ids[count++] = id;
+        else count += llm__bpe_first_tokens(t, p, (size_t)(next - p), ids + count);
         free_left = next_free;
     }
     return count;
@@ -10936,22 +11019,24 @@ static void llm__enc_emit(llm__enc_job *job, llm_token id) {
     job->last = id;
 }
 
-/* Emits merged symbols. *unknown: the word so far ends in an unknown token. */
-static void llm__enc_emit_symbols(llm__enc_job *job, const llm__bpe_symbol *s, size_t n, bool *unknown) {
+/* Emits merged tokens. *unknown: the word so far ends in an unknown token. */
+static void llm__enc_emit_merged(llm__enc_job *job, const llm_token *ids, size_t n, bool *unknown) {
     for (size_t i = 0; i < n; i++) {
         bool before = *unknown;
-        *unknown = s[i].id == job->t->unk;
-        if (!(before && *unknown && job->t->fuse_unk)) llm__enc_emit(job, s[i].id);
+        *unknown = ids[i] == job->t->unk;
+        if (!(before && *unknown && job->t->fuse_unk)) llm__enc_emit(job, ids[i]);
     }
 }
 
 static void llm__enc_merge_word(llm__enc_job *job, const uint8_t *p, size_t n, bool *unknown) {
     const llm_tokenizer *t = job->t;
-    llm__bpe_symbol few[LLM__SHORT_WORD], *s = few;
-    if (n > LLM__SHORT_WORD) s = (llm__bpe_symbol *)llm__alloc(job->env, n, sizeof *s);
-    size_t count = llm__bpe_merge(job->env, t, s, llm__bpe_char_symbols(job->env, t, p, n, s));
-    llm__enc_emit_symbols(job, s, count, unknown);
-    if (s != few) llm__free(job->env->pool, s);
+    llm_token medium[LLM__MEDIUM_WORD], *ids = medium;
+    const bool in_place = n > LLM__MEDIUM_WORD && job->count < job->capacity && job->capacity - job->count >= n;
+    if (in_place) ids = job->ids + job->count; /* a byte makes at most one token */
+    else if (n > LLM__MEDIUM_WORD) ids = (llm_token *)llm__alloc_table(job->env, n, sizeof *ids);
+    size_t count = llm__bpe_merge(job->env, t, ids, llm__bpe_char_tokens(job->env, t, p, n, ids));
+    llm__enc_emit_merged(job, ids, count, unknown);
+    if (ids != medium && !in_place) llm__free(job->env->pool, ids);
 }
 
 /* Emits the token that equals all these bytes, if there is one and merging would produce it. */
@@ -11009,16 +11094,6 @@ typedef struct llm__enc_seen {
     llm__enc_known *line; /* NULL: the word is not looked up */
 } llm__enc_seen;
 
-/* Reads the first n <= 16 bytes at p, where 16 can be read, and zeros. */
-static inline void llm__enc_read(const uint8_t *p, size_t n, uint64_t out[2]) {
-    static const uint8_t ones[32] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
-    uint64_t mask[2];
-    memcpy(out, p, 16);
-    memcpy(mask, ones + 16 - n, 16);
-    out[0] &= mask[0];
-    out[1] &= mask[1];
-}
-
 /* True if enough memory behind a word can be read for llm__enc_see. */
 static inline bool llm__enc_can_see(const llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
     return job->stop - p > (end - p > LLM__KNOWN_SHORT ? LLM__KNOWN_LENGTH : LLM__KNOWN_SHORT);
@@ -11027,7 +11102,7 @@ static inline bool llm__enc_can_see(const llm__enc_job *job, const uint8_t *p, c
 /* Prepares the look-up of the word of n <= LLM__KNOWN_SHORT bytes at p in a table of 2^(64 - shift) lines. 16 bytes can
    be read at p. */
 static inline void llm__enc_see_short(llm__enc_seen *w, llm__enc_known *known, int shift, const uint8_t *p, size_t n) {
-    llm__enc_read(p, n, w->key);
+    llm__load_16(p, n, w->key);
     w->key[1] |= (uint64_t)n << 56;
     w->p = p;
     w->n = n;
@@ -11046,8 +11121,8 @@ static inline void llm__enc_see(llm__enc_seen *w, llm__enc_known *known, int shi
     w->n = n;
     w->line = NULL;
     if (n > LLM__KNOWN_LENGTH || !known) return;
-    llm__enc_read(p, LLM__KNOWN_SHORT, w->key);
-    llm__enc_read(p + LLM__KNOWN_SHORT, n - LLM__KNOWN_SHORT, tail);
+    llm__load_16(p, LLM__KNOWN_SHORT, w->key);
+    llm__load_16(p + LLM__KNOWN_SHORT, n - LLM__KNOWN_SHORT, tail);
     w->key[1] |= (uint64_t)n << 56;
     uint64_t hash = w->key[0] ^ w->key[1] * 0xD6E8FEB86659FD93u;
     hash ^= (tail[0] ^ tail[1] * 0xA24BAED4963EE407u) * 0x9FB21C651E98DF25u;
@@ -11111,7 +11186,7 @@ static inline llm_token llm__enc_lookup(const llm__enc_seen *w, llm_token *ids) 
         return llm__enc_expand(ids, slot->ids[3]);
     }
     uint64_t tail[2];
-    llm__enc_read(w->p + LLM__KNOWN_SHORT, w->n - LLM__KNOWN_SHORT, tail);
+    llm__load_16(w->p + LLM__KNOWN_SHORT, w->n - LLM__KNOWN_SHORT, tail);
     if (llm__enc_differs(line->lengthy.key, w->key) || llm__enc_differs(line->lengthy.key + 2, tail)) return 0;
     memcpy(ids, line->lengthy.ids, sizeof line->lengthy.ids);
     return llm__enc_expand(ids, line->lengthy.count);
@@ -11131,7 +11206,7 @@ static void llm__enc_keep(const llm__enc_seen *w, const llm_token ids[LLM__KNOWN
     memset(&line, 0, sizeof line);
     memcpy(line.lengthy.key, w->key, sizeof w->key);
     if (w->n > LLM__KNOWN_SHORT) {
-        llm__enc_read(w->p + LLM__KNOWN_SHORT, w->n - LLM__KNOWN_SHORT, line.lengthy.key + 2);
+        llm__load_16(w->p + LLM__KNOWN_SHORT, w->n - LLM__KNOWN_SHORT, line.lengthy.key + 2);
         memcpy(line.lengthy.ids, ids, sizeof line.lengthy.ids);
         line.lengthy.count = count;
     } else {
@@ -11148,8 +11223,13 @@ static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w, bool i
 
 /* A part of a word that no merge leaves. */
 static void llm__enc_part(llm__enc_job *job, const uint8_t *p, size_t n, bool *unknown) {
-    if (!llm__enc_whole(job, p, p + n, false)) llm__enc_merge_word(job, p, n, unknown);
-    else *unknown = false;
+    const llm_token byte = n == 1 && !job->t->sentencepiece ? job->t->byte_tokens[*p] : LLM__NONE;
+    if (byte == LLM__NONE && !llm__enc_whole(job, p, p + n, false)) {
+        llm__enc_merge_word(job, p, n, unknown);
+        return;
+    }
+    if (byte != LLM__NONE) llm__enc_emit(job, byte);
+    *unknown = false;
 }
 
 /* Parts are found some at a time, so that the memory they are looked up in is there by then. */
@@ -11197,11 +11277,10 @@ static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w, bool i
 
 /* Emits the tokens of a word that has been merged, and remembers it. */
 static void llm__enc_merged_word(llm__enc_job *job, const llm__enc_seen *w, const llm__bpe_few *few) {
-    llm__bpe_symbol s[LLM__SHORT_WORD];
-    llm_token ids[LLM__KNOWN_LENGTH];
+    llm_token ids[LLM__SHORT_WORD];
     const size_t begin = job->count;
     bool unknown = false;
-    llm__enc_emit_symbols(job, s, llm__bpe_few_end(few, s), &unknown);
+    llm__enc_emit_merged(job, ids, llm__bpe_few_end(few, ids), &unknown);
     memcpy(ids, job->ids + begin, (job->count - begin) * sizeof *ids);
     llm_token count = llm__enc_shrink(ids, (llm_token)(job->count - begin));
     if (count) llm__enc_keep(w, ids, count);
@@ -11210,9 +11289,9 @@ static void llm__enc_merged_word(llm__enc_job *job, const llm__enc_seen *w, cons
 /* A new word of a batch, which leaves a gap among the tokens of the others. */
 typedef struct llm__enc_gap {
     llm__enc_seen word;
-    size_t at;        /* where its tokens belong in job->ids; there is a place for each byte */
-    uint64_t hash;    /* of its bytes                                                        */
-    bool short_ascii; /* then its merges are interleaved with those of other gaps */
+    size_t at;          /* where its tokens belong in job->ids; there is a place for each byte */
+    llm__vocab_key key; /* of its bytes */
+    bool short_ascii;   /* then its merges are interleaved with those of other gaps */
     llm__bpe_few few;
 } llm__enc_gap;
 
@@ -11238,8 +11317,8 @@ static void llm__enc_add_gap(llm__enc_job *job, llm__enc_batch *batch, const llm
     for (int i = 0; i < batch->n_gaps; i++) /* the same word again will be known by then */
         if (batch->gaps[i].word.line == w->line && !llm__enc_differs(batch->gaps[i].word.key, w->key))
             g->short_ascii = false;
-    g->hash = llm__hash_bytes(w->p, w->n);
-    __builtin_prefetch(&job->t->pieces[g->hash & job->t->piece_mask]);
+    g->key = llm__vocab_key_of(w->p, w->n);
+    llm__vocab_prefetch(job->t, g->key);
     batch->n_gaps++;
 }
 
@@ -11247,14 +11326,14 @@ static void llm__enc_add_gap(llm__enc_job *job, llm__enc_batch *batch, const llm
 static void llm__enc_merge_gaps(llm__enc_job *job, llm__enc_gap *gaps, int n) {
     const llm_tokenizer *t = job->t;
     llm__bpe_few *words[LLM__ENC_GAPS];
-    llm__bpe_symbol s[LLM__SHORT_WORD];
+    llm_token ids[LLM__SHORT_WORD];
     int left = 0;
     for (int i = 0; i < n; i++) {
         const llm__enc_seen *w = &gaps[i].word;
         if (!gaps[i].short_ascii) continue;
-        s[0].id = llm__vocab_find_hashed(t, w->p, w->n, gaps[i].hash);
-        const bool whole = s[0].id != LLM__NONE && (t->ignore_merges || llm__bpe_is_whole(job->env, t, s[0].id));
-        llm__bpe_few_begin(t, &gaps[i].few, s, whole ? 1 : llm__bpe_char_symbols(job->env, t, w->p, w->n, s));
+        ids[0] = llm__vocab_find_key(t, w->p, w->n, gaps[i].key);
+        const bool whole = ids[0] != LLM__NONE && (t->ignore_merges || llm__bpe_is_whole(job->env, t, ids[0]));
+        llm__bpe_few_begin(t, &gaps[i].few, ids, whole ? 1 : llm__bpe_char_tokens(job->env, t, w->p, w->n, ids));
         if (!whole) words[left++] = &gaps[i].few;
     }
     while (left) {
@@ -11799,7 +11878,8 @@ enum { LLM__BYTE_CODES = 0x180 };
 typedef struct llm__vocab_work {
     int16_t byte_of_code[LLM__BYTE_CODES]; /* the byte that a code point stands for in byte-level pieces, or -1 */
     uint8_t *in_words;                     /* [n_pieces] 1 if words can contain the piece */
-    uint8_t *adjacent;                     /* [256][256] 1 if a piece has these two bytes side by side */
+    llm_token *specials;                   /* [n_specials] user-defined, control and unknown tokens */
+    size_t n_specials, special_room;
 } llm__vocab_work;
 
 /* Each byte is written as a visible character in byte-level pieces. */
@@ -11829,6 +11909,50 @@ static bool llm__vocab_unmap_bytes(const llm__vocab_work *work, llm__str s, uint
     }
     *n = (size_t)(q - out);
     return true;
+}
+
+/* Reads n <= 8 bytes of a text, and zeros. If there is room before it, this has no branches, of which many would be
+   predicted wrongly. */
+static inline uint64_t llm__vocab_load(const llm__vocab_source *v, const uint8_t *p, size_t n) {
+    if (!v->room_before) return llm__load_few(p, n);
+    return llm__bytes_u64(p + n - 8) >> (32 - 4 * n) >> (32 - 4 * n);
+}
+
+static inline bool llm__vocab_equal(const llm__vocab_source *v, const uint8_t *a, const uint8_t *b, size_t n) {
+    for (; n > 8; a += 8, b += 8, n -= 8)
+        if (llm__bytes_u64(a) != llm__bytes_u64(b)) return false;
+    return llm__vocab_load(v, a, n) == llm__vocab_load(v, b, n);
+}
+
+/* The number of characters in valid UTF-8: of bytes that do not go on with one. */
+static inline size_t llm__vocab_count_chars(const llm__vocab_source *v, const uint8_t *p, size_t n) {
+    size_t count = n;
+    for (size_t at = 0; at < n; at += 8) {
+        const uint64_t x = llm__vocab_load(v, p + at, n - at < 8 ? n - at : 8);
+        count -= (size_t)((x >> 7 & ~x >> 6 & 0x0101010101010101u) * 0x0101010101010101u >> 56);
+    }
+    return count;
+}
+
+/* Does the same as llm__vocab_unmap_bytes for a piece of visible ASCII, which may come after a space, as most do. 8
+   bytes more than the piece has can be written. */
+static inline bool llm__vocab_unmap_visible(const llm__vocab_source *v, llm__str s, uint8_t *out, size_t *n) {
+    const uint8_t *p = (const uint8_t *)s.at;
+    const size_t space = s.n >= 2 && llm__bytes_u16(p) == 0xA0C4, end = s.n - 2 * space;
+    const uint64_t ones = 0x0101010101010101u;
+    uint64_t bad = 0;
+    *n = s.n - space;
+    out[0] = ' ';
+    out += space;
+    p += 2 * space;
+    for (size_t at = 0; at < end; at += 8) {
+        const size_t left = end - at < 8 ? end - at : 8;
+        uint64_t x = llm__vocab_load(v, p + at, left);
+        memcpy(out + at, &x, 8);
+        x |= '!' * ones << 4 * left << 4 * left;  /* the bytes behind the piece are not bad */
+        bad |= x | (x - '!' * ones) | (x + ones); /* a high bit: a byte is below '!' or above '~' */
+    }
+    return !(bad & 128 * ones);
 }
 
 static int llm__vocab_hex_digit(char c) {
@@ -11880,31 +12004,21 @@ static void llm__vocab_add_char(llm_tokenizer *t, llm__str s, llm_token id) {
 }
 
 /* Adds a token to the hash table of pieces, in which words and merges are looked up. */
-static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v,
-                                   const llm__vocab_work *work, llm_token id, uint64_t hash) {
+static void llm__vocab_index_piece(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm_token id,
+                                   llm__vocab_key key) {
     llm__str s = llm__vocab_piece(t, id);
-    uint64_t head;
     size_t probes = 0;
-    llm__vocab_piece_slot *slot = llm__vocab_slot_of(t, (const uint8_t *)s.at, s.n, hash, &head, &probes);
+    llm__vocab_piece_slot *slot = llm__vocab_slot_of(t, (const uint8_t *)s.at, s.n, key, &probes);
     if (slot->id != LLM__NONE)
         llm__fail(env, LLM_ERROR_FORMAT, "%s[%ld] and [%ld] are the same piece: \"%.*s\"", v->pieces_name,
                   (long)slot->id, (long)id, LLM__SHOW(v->pieces[id]));
     if (probes > LLM__MAX_PROBES)
         llm__fail(env, LLM_ERROR_UNSUPPORTED, "%s[%ld] collides with too many others", v->pieces_name, (long)id);
-    slot->head = head;
+    slot->head = key.head;
     slot->n = (uint32_t)s.n;
     slot->id = id;
     if (s.n > t->longest_piece) t->longest_piece = s.n;
     llm__vocab_add_char(t, s, id);
-    for (size_t i = 1; i < s.n; i++) {
-        const uint8_t *p = (const uint8_t *)s.at + i;
-        work->adjacent[256 * p[-1] + p[0]] = 1;
-        if (!llm__bpe_between_characters(p)) continue;
-        int n_left = i < 3 ? (int)i : 3, n_right = s.n - i < 3 ? (int)(s.n - i) : 3;
-        size_t bit = llm__bpe_join_bit(t, p, n_left, n_right);
-        t->char_joins[bit / 8] |= (uint8_t)(1 << bit % 8);
-        t->join_kinds[p[0] - 0xC0][p[-1] - 0x80] |= (uint16_t)(1 << llm__bpe_join_kind(n_left, n_right));
-    }
 }
 
 /* Writes a SentencePiece text with plain spaces. */
@@ -11927,7 +12041,8 @@ static bool llm__vocab_store_piece(llm__env *env, llm_tokenizer *t, const llm__v
     size_t n = s.n;
     int type = llm__vocab_type_of(t, (llm_token)i);
     bool in_words = type == LLM__TYPE_NORMAL || (t->flags[i] & LLM__IN_MODEL);
-    bool unmapped = !t->sentencepiece && in_words && llm__vocab_unmap_bytes(work, s, out, &n);
+    bool unmapped = !t->sentencepiece && in_words &&
+                    (llm__vocab_unmap_visible(v, s, out, &n) || llm__vocab_unmap_bytes(work, s, out, &n));
     if (!unmapped && s.n) llm__vocab_check_piece(env, v->pieces_name, i, s, LLM__MAX_PIECE);
     if (t->sentencepiece && type == LLM__TYPE_BYTE) {
         int byte = llm__vocab_byte_piece(s);
@@ -11955,13 +12070,22 @@ static void llm__vocab_find_ascii(llm_tokenizer *t) {
     }
 }
 
+static void llm__vocab_add_special(llm__env *env, llm__vocab_work *work, llm_token id, int type) {
+    if (type != LLM__TYPE_USER_DEFINED && type != LLM__TYPE_CONTROL && type != LLM__TYPE_UNKNOWN) return;
+    work->specials = (llm_token *)llm__alloc_grow(env, work->specials, work->n_specials, &work->special_room,
+                                                  sizeof *work->specials);
+    work->specials[work->n_specials++] = id;
+}
+
 static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v,
                                     llm__vocab_work *work) {
     uint64_t total = 0;
     t->flags = (uint16_t *)llm__alloc_zero(env, v->n_pieces, sizeof *t->flags);
     for (size_t i = 0; i < v->n_pieces; i++) {
         const size_t n = v->pieces[i].n;
-        t->flags[i] = (uint16_t)(llm__vocab_source_type(env, v, i) | (v->traits ? v->traits[i] : 0));
+        const int type = llm__vocab_source_type(env, v, i);
+        t->flags[i] = (uint16_t)(type | (v->traits ? v->traits[i] : 0));
+        if (type != LLM__TYPE_NORMAL) llm__vocab_add_special(env, work, (llm_token)i, type);
         if (n > LLM__MAX_PIECE || (!n && llm__vocab_type_of(t, (llm_token)i) != LLM__TYPE_UNUSED))
             llm__vocab_check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_PIECE); /* fails */
         total += n;
@@ -11981,20 +12105,19 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
     t->char_joins = (uint8_t *)llm__alloc_zero(env, llm__bpe_join_bytes(room), 1);
     llm__vocab_begin_chars(env, t);
     for (size_t first = 0; first < v->n_pieces; first += LLM__BUILD_AHEAD) {
-        uint64_t hashes[LLM__BUILD_AHEAD];
+        llm__vocab_key keys[LLM__BUILD_AHEAD];
         size_t n = v->n_pieces - first;
         if (n > LLM__BUILD_AHEAD) n = LLM__BUILD_AHEAD;
         for (size_t i = 0; i < n; i++) {
             work->in_words[first + i] = llm__vocab_store_piece(env, t, v, work, first + i);
             if (!work->in_words[first + i]) continue;
             llm__str s = llm__vocab_piece(t, (llm_token)(first + i));
-            hashes[i] = llm__hash_bytes((const uint8_t *)s.at, s.n);
-            __builtin_prefetch(&t->pieces[hashes[i] & t->piece_mask], 1);
+            keys[i] = llm__vocab_key_masked((const uint8_t *)s.at, s.n);
+            llm__vocab_prefetch(t, keys[i]);
         }
         for (size_t i = 0; i < n; i++)
-            if (work->in_words[first + i]) llm__vocab_index_piece(env, t, v, work, (llm_token)(first + i), hashes[i]);
+            if (work->in_words[first + i]) llm__vocab_index_piece(env, t, v, (llm_token)(first + i), keys[i]);
     }
-    for (int i = 0; i < 256 * 256; i++) t->joined[i / 256][i % 256 / 8] |= (uint8_t)(work->adjacent[i] << i % 8);
     llm__vocab_find_ascii(t);
 }
 
@@ -12018,9 +12141,42 @@ static void llm__bpe_pairs_resize(llm__env *env, llm_tokenizer *t, size_t room) 
     llm__free(env->pool, old);
 }
 
-/* A pair that occurs twice gets the rank of its last occurrence, as in Hugging Face's tokenizers. */
-static void llm__bpe_add_pair(llm__env *env, llm_tokenizer *t, llm_token left, llm_token right, llm_token merged,
-                              uint32_t rank) {
+/* Merging in byte-level vocabularies begins with pairs of bytes, so these have a table of their own. */
+static void llm__bpe_begin_byte_pairs(llm__env *env, llm_tokenizer *t) {
+    llm_token first = INT32_MAX;
+    for (int i = 0; i < 256; i++)
+        if (t->byte_tokens[i] != LLM__NONE && t->byte_tokens[i] < first) first = t->byte_tokens[i];
+    if (t->sentencepiece || first > INT32_MAX - 256) return;
+    t->byte_pairs = (llm__bpe_merge_to *)llm__alloc(env, 256 * 256, sizeof *t->byte_pairs);
+    memset(t->byte_pairs, 0xFF, 256 * 256 * sizeof *t->byte_pairs);
+    t->first_byte = first;
+}
+
+/* Fills the table of a tokenizer whose other tables are complete. */
+static void llm__bpe_build_byte_pairs(llm__env *env, llm_tokenizer *t) {
+    llm__bpe_begin_byte_pairs(env, t);
+    llm__bpe_merge_to *const table = t->byte_pairs;
+    t->byte_pairs = NULL; /* so that the merges are looked up in the large table */
+    for (int i = 0; table && i < 256 * 256; i++)
+        table[i] = llm__bpe_find_pair(t, t->first_byte + i / 256, t->first_byte + i % 256);
+    t->byte_pairs = table;
+}
+
+/* Notes that a merge joins two tokens at p, of which n_left and n_right bytes lie on both sides of p. Every piece that
+   merging makes and that goes on across a place holds one that was joined there, so texts can be cut elsewhere. */
+static void llm__bpe_add_joint(llm_tokenizer *t, const uint8_t *p, size_t n_left, size_t n_right) {
+    t->joined[p[-1]][*p / 8] |= (uint8_t)(1 << *p % 8);
+    if (!llm__bpe_between_characters(p)) return;
+    const int left = n_left < 3 ? (int)n_left : 3, right = n_right < 3 ? (int)n_right : 3;
+    const size_t bit = llm__bpe_join_bit(t, p, left, right);
+    t->char_joins[bit / 8] |= (uint8_t)(1 << bit % 8);
+    t->join_kinds[*p - 0xC0][p[-1] - 0x80] |= (uint16_t)(1 << llm__bpe_join_kind(left, right));
+}
+
+/* Adds a merge whose left token has n_left bytes. A pair that occurs twice gets the rank of its last occurrence, as in
+   Hugging Face's tokenizers. */
+LLM__ALWAYS_INLINE void llm__bpe_add_pair(llm__env *env, llm_tokenizer *t, llm_token left, size_t n_left,
+                                          llm_token right, llm_token merged, uint32_t rank) {
     if (3 * (t->n_pairs + 1) > 2 * (t->pair_mask + 1)) llm__bpe_pairs_resize(env, t, 2 * (t->pair_mask + 1));
     const uint64_t h = llm__bpe_pair_hash(left, right);
     size_t probes = 0;
@@ -12032,18 +12188,27 @@ static void llm__bpe_add_pair(llm__env *env, llm_tokenizer *t, llm_token left, l
     slot->merged = merged;
     slot->rank = rank;
     llm__bpe_filter_pair(t, h);
+    const uint32_t i = (uint32_t)left - (uint32_t)t->first_byte, j = (uint32_t)right - (uint32_t)t->first_byte;
+    if ((i | j) < 256 && t->byte_pairs) {
+        t->byte_pairs[i * 256 + j].merged = merged;
+        t->byte_pairs[i * 256 + j].rank = rank;
+    }
+    const llm__str s = llm__vocab_piece(t, merged);
+    llm__bpe_add_joint(t, (const uint8_t *)s.at + n_left, n_left, s.n - n_left);
 }
 
-/* Merging in byte-level vocabularies begins with pairs of bytes, so these have a table of their own. */
-static void llm__bpe_build_byte_pairs(llm__env *env, llm_tokenizer *t) {
-    llm_token first = INT32_MAX;
-    for (int i = 0; i < 256; i++)
-        if (t->byte_tokens[i] != LLM__NONE && t->byte_tokens[i] < first) first = t->byte_tokens[i];
-    if (t->sentencepiece || first > INT32_MAX - 256) return;
-    llm__bpe_merge_to *table = (llm__bpe_merge_to *)llm__alloc(env, 256 * 256, sizeof *table);
-    for (int i = 0; i < 256 * 256; i++) table[i] = llm__bpe_find_pair(t, first + i / 256, first + i % 256);
-    t->first_byte = first;
-    t->byte_pairs = table;
+/* Splits "left right". */
+static inline llm__bpe_merge_text llm__bpe_split_merge(llm__env *env, const char *name, size_t i, llm__str line) {
+    llm__bpe_merge_text merge;
+    const char *space = line.n > 1 ? (const char *)memchr(line.at + 1, ' ', line.n - 1) : NULL;
+    if (!space || space + 1 == line.at + line.n)
+        llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is \"%.*s\", not two pieces with a space between", name,
+                  (unsigned long long)i, LLM__SHOW(line));
+    merge.left.at = line.at;
+    merge.left.n = (size_t)(space - line.at);
+    merge.right.at = space + 1;
+    merge.right.n = line.n - merge.left.n - 1;
+    return merge;
 }
 
 static size_t llm__bpe_unmap_merge(llm__env *env, const llm__vocab_source *v, const llm__vocab_work *work, size_t i,
@@ -12057,52 +12222,81 @@ static size_t llm__bpe_unmap_merge(llm__env *env, const llm__vocab_source *v, co
               (unsigned long long)i, LLM__SHOW(s));
 }
 
-/* One entry of the list of merges, as bytes: left, then right. */
+/* An entry of the list of merges: the bytes of both tokens, and the token that it makes. */
 typedef struct llm__bpe_merge_bytes {
-    uint8_t *p;
-    size_t n_left, n_right, room;
-    uint64_t left_hash, right_hash;
+    llm__bpe_merge_text text; /* as in the file */
+    const uint8_t *p;         /* left, then right */
+    size_t n_left, n_right;
+    llm__vocab_key left_key, right_key;
     llm_token left, right, merged;
+    uint8_t *own; /* [room + 8] for the bytes if they are not read from the piece */
+    size_t room;
 } llm__bpe_merge_bytes;
 
-static void llm__bpe_read_merge(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v,
-                                const llm__vocab_work *work, size_t i, llm__bpe_merge_bytes *m) {
-    llm__str left = v->merges[i].left, right = v->merges[i].right;
-    size_t most = left.n + right.n; /* the bytes are no more than the characters that stand for them */
-    if (most > m->room) {
-        llm__free(env->pool, m->p);
-        m->p = NULL;
-        m->p = (uint8_t *)llm__alloc(env, m->room = 2 * most, 1);
+/* True if a merge makes this piece, as their texts in the file show. Most of the merges make one token after the other,
+   so their own texts need not be turned into bytes. *n_left receives the number of bytes of the left token. */
+static bool llm__bpe_makes(const llm_tokenizer *t, const llm__vocab_source *v, const llm__vocab_work *work,
+                           const llm__bpe_merge_text *text, llm_token piece, size_t *n_left) {
+    if (t->sentencepiece || piece < 0 || piece >= t->n_vocab || !work->in_words[piece]) return false;
+    const llm__str whole = v->pieces[piece], left = text->left, right = text->right;
+    const uint8_t *const l = (const uint8_t *)left.at, *const r = (const uint8_t *)right.at;
+    if (!left.n || !right.n || left.n + right.n != whole.n || (*r & 0xC0) == 0x80) return false;
+    *n_left = llm__vocab_count_chars(v, l, left.n); /* a byte is written as a character */
+    if (whole.n <= 8) {
+        const uint64_t x = llm__vocab_load(v, l, left.n), y = llm__vocab_load(v, r, right.n);
+        return (x | y << 8 * left.n) == llm__vocab_load(v, (const uint8_t *)whole.at, whole.n);
     }
-    m->n_left = llm__bpe_unmap_merge(env, v, work, i, left, m->p);
-    m->n_right = llm__bpe_unmap_merge(env, v, work, i, right, m->p + m->n_left);
-    m->left_hash = llm__hash_bytes(m->p, m->n_left);
-    m->right_hash = llm__hash_bytes(m->p + m->n_left, m->n_right);
-    __builtin_prefetch(&t->pieces[m->left_hash & t->piece_mask]);
-    __builtin_prefetch(&t->pieces[m->right_hash & t->piece_mask]);
+    return llm__vocab_equal(v, (const uint8_t *)whole.at, l, left.n) &&
+           llm__vocab_equal(v, (const uint8_t *)whole.at + left.n, r, right.n);
 }
 
-static llm_token llm__bpe_merge_token(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, size_t i,
-                                      const uint8_t *p, size_t n, uint64_t hash, llm__str shown) {
-    llm_token id = llm__vocab_find_hashed(t, p, n, hash);
+/* Finds the bytes of a merge in m->text, and the token that it makes. `next`: the token after that of the merge before
+   it. */
+static void llm__bpe_read_merge(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v,
+                                const llm__vocab_work *work, size_t i, llm_token next, llm__bpe_merge_bytes *m) {
+    const llm__bpe_merge_text *text = &m->text;
+    m->merged = LLM__NONE;
+    for (llm_token id = next; id >= next - 1 && m->merged == LLM__NONE; id--)
+        if (llm__bpe_makes(t, v, work, text, id, &m->n_left)) m->merged = id;
+    if (m->merged != LLM__NONE) {
+        const llm__str piece = llm__vocab_piece(t, m->merged);
+        m->p = (const uint8_t *)piece.at;
+        m->n_right = piece.n - m->n_left;
+    } else {
+        size_t most = text->left.n + text->right.n; /* the bytes are no more than the characters that stand for them */
+        if (most > m->room) {
+            llm__free(env->pool, m->own);
+            m->own = NULL;
+            m->own = (uint8_t *)llm__alloc(env, (m->room = 2 * most) + 8, 1);
+        }
+        m->n_left = llm__bpe_unmap_merge(env, v, work, i, text->left, m->own);
+        m->n_right = llm__bpe_unmap_merge(env, v, work, i, text->right, m->own + m->n_left);
+        m->merged = llm__vocab_find(t, m->own, m->n_left + m->n_right);
+        m->p = m->own;
+    }
+    m->left_key = llm__vocab_key_masked(m->p, m->n_left);
+    m->right_key = llm__vocab_key_masked(m->p + m->n_left, m->n_right);
+    llm__vocab_prefetch(t, m->left_key);
+    llm__vocab_prefetch(t, m->right_key);
+}
+
+static inline llm_token llm__bpe_merge_token(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v,
+                                             size_t i, const uint8_t *p, size_t n, llm__vocab_key key, llm__str shown) {
+    llm_token id = llm__vocab_find_key(t, p, n, key);
     if (id == LLM__NONE)
         llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] needs \"%.*s\", which is not in %s", v->merges_name,
                   (unsigned long long)i, LLM__SHOW(shown), v->pieces_name);
     return id;
 }
 
-/* `next`: the token after that of the merge before, which mostly is the token that this merge makes. */
-static void llm__bpe_find_merge(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v,
-                                const llm__vocab_work *work, size_t i, llm_token next, llm__bpe_merge_bytes *m) {
-    llm__str left = v->merges[i].left, right = v->merges[i].right, piece = {NULL, 0};
-    const size_t n = m->n_left + m->n_right;
-    m->left = llm__bpe_merge_token(env, t, v, i, m->p, m->n_left, m->left_hash, left);
-    m->right = llm__bpe_merge_token(env, t, v, i, m->p + m->n_left, m->n_right, m->right_hash, right);
-    if (next < t->n_vocab && work->in_words[next]) piece = llm__vocab_piece(t, next);
-    m->merged = piece.n == n && !memcmp(piece.at, m->p, n) ? next : llm__vocab_find(t, m->p, n);
+static void llm__bpe_find_merge(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v, size_t i,
+                                llm__bpe_merge_bytes *m) {
+    const llm__bpe_merge_text *text = &m->text;
+    m->left = llm__bpe_merge_token(env, t, v, i, m->p, m->n_left, m->left_key, text->left);
+    m->right = llm__bpe_merge_token(env, t, v, i, m->p + m->n_left, m->n_right, m->right_key, text->right);
     if (m->merged == LLM__NONE)
         llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] makes \"%.*s%.*s\", which is not in %s", v->merges_name,
-                  (unsigned long long)i, LLM__SHOW(left), LLM__SHOW(right), v->pieces_name);
+                  (unsigned long long)i, LLM__SHOW(text->left), LLM__SHOW(text->right), v->pieces_name);
     const uint64_t h = llm__bpe_pair_hash(m->left, m->right);
     __builtin_prefetch(&t->pairs[h & t->pair_mask], 1);
     __builtin_prefetch(&t->pair_filter[llm__bpe_pair_bit(t, h) / 8], 1);
@@ -12111,6 +12305,7 @@ static void llm__bpe_find_merge(llm__env *env, const llm_tokenizer *t, const llm
 static void llm__bpe_build_merges(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v,
                                   const llm__vocab_work *work) {
     llm__bpe_merge_bytes batch[LLM__BUILD_AHEAD];
+    const uint8_t *lines = v->merge_lines;
     llm_token next = 0;
     uint8_t *used = (uint8_t *)llm__alloc_zero(env, v->n_pieces, 1); /* 1: a merge takes the token */
     t->ranks_grow = true;
@@ -12118,20 +12313,36 @@ static void llm__bpe_build_merges(llm__env *env, llm_tokenizer *t, const llm__vo
     for (size_t first = 0; first < v->n_merges; first += LLM__BUILD_AHEAD) {
         size_t n = v->n_merges - first;
         if (n > LLM__BUILD_AHEAD) n = LLM__BUILD_AHEAD;
-        for (size_t i = 0; i < n; i++) llm__bpe_read_merge(env, t, v, work, first + i, &batch[i]);
         for (size_t i = 0; i < n; i++) {
-            llm__bpe_find_merge(env, t, v, work, first + i, next, &batch[i]);
+            if (v->merges) batch[i].text = v->merges[first + i];
+            else batch[i].text = llm__bpe_split_merge(env, v->merges_name, first + i, llm__gguf_next_string(&lines));
+            llm__bpe_read_merge(env, t, v, work, first + i, next, &batch[i]);
             next = batch[i].merged + 1;
         }
+        for (size_t i = 0; i < n; i++) llm__bpe_find_merge(env, t, v, first + i, &batch[i]);
         for (size_t i = 0; i < n; i++) {
-            llm__bpe_add_pair(env, t, batch[i].left, batch[i].right, batch[i].merged, (uint32_t)(first + i));
+            llm__bpe_add_pair(env, t, batch[i].left, batch[i].n_left, batch[i].right, batch[i].merged,
+                              (uint32_t)(first + i));
             used[batch[i].left] = used[batch[i].right] = 1;
             if (used[batch[i].merged]) t->ranks_grow = false;
         }
     }
     llm__free(env->pool, used);
     t->n_ranks = (uint32_t)v->n_merges;
-    for (size_t i = 0; i < LLM__BUILD_AHEAD; i++) llm__free(env->pool, batch[i].p);
+    for (size_t i = 0; i < LLM__BUILD_AHEAD; i++) llm__free(env->pool, batch[i].own);
+}
+
+static void llm__vocab_build_short_texts(llm__env *env, llm_tokenizer *t) {
+    const size_t n = (size_t)t->n_vocab;
+    t->short_texts = (llm__vocab_short_text *)llm__alloc_table(env, n, sizeof *t->short_texts);
+    for (size_t i = 0; i < n; i++) {
+        const llm__str s = llm__vocab_piece(t, (llm_token)i);
+        const bool shown = s.n < LLM__PIECE_COPY && !llm__vocab_is_special(t, (llm_token)i);
+        uint64_t bytes[2];
+        llm__load_16((const uint8_t *)s.at, shown ? s.n : 0, bytes);
+        memcpy(&t->short_texts[i], bytes, sizeof bytes);
+        t->short_texts[i].n = (uint8_t)(shown ? s.n : (size_t)LLM__PIECE_COPY);
+    }
 }
 
 LLM__SMALL_BEGIN
@@ -12174,7 +12385,7 @@ static void llm__bpe_build_scored(llm__env *env, llm_tokenizer *t, const llm__vo
             if (q >= end) break;
             llm_token left = llm__vocab_find(t, p, (size_t)(q - p)), right = llm__vocab_find(t, q, (size_t)(end - q));
             if (left == LLM__NONE || right == LLM__NONE) continue;
-            llm__bpe_add_pair(env, t, left, right, order[i].id, t->n_ranks);
+            llm__bpe_add_pair(env, t, left, (size_t)(q - p), right, order[i].id, t->n_ranks);
             used[left] = used[right] = 1;
         }
     }
@@ -12243,12 +12454,11 @@ static void llm__special_index(const llm_tokenizer *t, llm__special_set *set) {
     }
 }
 
-static void llm__special_build(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, llm__special_set *set,
-                               bool normalized) {
+static void llm__special_build(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v, const llm__vocab_work *work,
+                               llm__special_set *set, bool normalized) {
     size_t room = 0;
-    for (llm_token id = 0; id < t->n_vocab; id++) {
-        const int type = llm__vocab_type_of(t, id);
-        if (type != LLM__TYPE_USER_DEFINED && type != LLM__TYPE_CONTROL && type != LLM__TYPE_UNKNOWN) continue;
+    for (size_t i = 0; i < work->n_specials; i++) {
+        const llm_token id = work->specials[i];
         if (((t->flags[id] & LLM__NORMALIZED) != 0) != normalized) continue;
         set->items = (llm__special *)llm__alloc_grow(env, set->items, (size_t)set->n, &room, sizeof *set->items);
         set->items[set->n].text = llm__special_text(env, t, v, id);
@@ -12283,16 +12493,6 @@ static void llm__vocab_build_ends(llm_tokenizer *t, const llm__vocab_source *v) 
     for (int i = 0; i < t->raw.n; i++) {
         llm_token id = t->raw.items[i].id;
         if (llm_token_is_special(t, id) && llm__vocab_text_ends(v->pieces[id])) t->flags[id] |= LLM__END;
-    }
-}
-
-static void llm__vocab_build_short_texts(llm__env *env, llm_tokenizer *t) {
-    t->short_texts = (llm__vocab_short_text *)llm__alloc_zero(env, (size_t)t->n_vocab, sizeof *t->short_texts);
-    for (llm_token id = 0; id < t->n_vocab; id++) {
-        const llm__str s = llm__vocab_piece(t, id);
-        const bool shown = s.n < LLM__PIECE_COPY && !llm_token_is_special(t, id);
-        t->short_texts[id].n = (uint8_t)(shown ? s.n : (size_t)LLM__PIECE_COPY);
-        if (shown) memcpy(t->short_texts[id].bytes, s.at, s.n);
     }
 }
 
@@ -12356,19 +12556,19 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     if (v->chat_template.n) t->chat_template = llm__str_copy(env, v->chat_template.at, v->chat_template.n);
     llm__tokenizer_parse_chat(env, t);
     llm__pre_build_rules(env, t, v);
+    memset(&work, 0, sizeof work);
     llm__vocab_map_codes(work.byte_of_code);
     work.in_words = (uint8_t *)llm__alloc(env, v->n_pieces, 1);
-    work.adjacent = (uint8_t *)llm__alloc_zero(env, 256 * 256, 1);
     llm__vocab_build_pieces(env, t, v, &work);
     llm__bpe_pairs_resize(env, t, llm__hash_slots(v->n_merges + v->n_merges / 2));
+    llm__bpe_begin_byte_pairs(env, t);
     if (v->scores) llm__bpe_build_scored(env, t, v);
     else llm__bpe_build_merges(env, t, v, &work);
     llm__free(env->pool, work.in_words);
-    llm__free(env->pool, work.adjacent);
-    llm__bpe_build_byte_pairs(env, t);
     llm__bpe_find_cuts(t);
-    llm__special_build(env, t, v, &t->raw, false);
-    llm__special_build(env, t, v, &t->normalized, true);
+    llm__special_build(env, t, v, &work, &t->raw, false);
+    llm__special_build(env, t, v, &work, &t->normalized, true);
+    llm__free(env->pool, work.specials);
     llm__vocab_build_ends(t, v);
     llm__vocab_build_short_texts(env, t);
     return t;
@@ -12605,7 +12805,7 @@ static int32_t *llm__gguf_types(llm__env *env, const llm__checkpoint *ck, size_t
     if (!v) return NULL;
     int32_t *types = (int32_t *)llm__alloc(env, n, sizeof *types);
     for (size_t i = 0; i < n; i++) {
-        double d = llm__gguf_value_number(v, i);
+        double d = v->type == LLM__GGUF_I32 ? (int32_t)llm__bytes_u32(v->data + 4 * i) : llm__gguf_value_number(v, i);
         if (!(d >= (double)LLM__TYPE_NORMAL && d <= (double)LLM__TYPE_BYTE))
             llm__fail(env, LLM_ERROR_FORMAT, "tokenizer.ggml.token_type[%llu] is %g, not a type from 1 to 6",
                       (unsigned long long)i, d);
@@ -12622,29 +12822,6 @@ static float *llm__gguf_scores(llm__env *env, const llm__checkpoint *ck, size_t 
     return scores;
 }
 
-/* Splits "left right". */
-static llm__bpe_merge_text llm__bpe_split_merge(llm__env *env, const char *name, size_t i, llm__str line) {
-    llm__bpe_merge_text merge;
-    const char *space = line.n > 1 ? (const char *)memchr(line.at + 1, ' ', line.n - 1) : NULL;
-    if (!space || space + 1 == line.at + line.n)
-        llm__fail(env, LLM_ERROR_FORMAT, "%s[%llu] is \"%.*s\", not two pieces with a space between", name,
-                  (unsigned long long)i, LLM__SHOW(line));
-    merge.left.at = line.at;
-    merge.left.n = (size_t)(space - line.at);
-    merge.right.at = space + 1;
-    merge.right.n = line.n - merge.left.n - 1;
-    return merge;
-}
-
-static llm__bpe_merge_text *llm__gguf_merges(llm__env *env, const llm__checkpoint *ck, size_t *n) {
-    llm__str *lines = llm__gguf_strings(env, ck, "tokenizer.ggml.merges", n);
-    if (!lines) llm__fail(env, LLM_ERROR_FORMAT, "metadata tokenizer.ggml.merges is missing");
-    llm__bpe_merge_text *merges = (llm__bpe_merge_text *)llm__alloc_table(env, *n, sizeof *merges);
-    for (size_t i = 0; i < *n; i++) merges[i] = llm__bpe_split_merge(env, "tokenizer.ggml.merges", i, lines[i]);
-    llm__free(env->pool, lines);
-    return merges;
-}
-
 /* Tokens other than EOS that end a text or a turn. */
 static uint16_t *llm__gguf_ends(llm__env *env, const llm__checkpoint *ck, size_t n) {
     static const char *const keys[] = {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
@@ -12657,6 +12834,7 @@ static uint16_t *llm__gguf_ends(llm__env *env, const llm__checkpoint *ck, size_t
 }
 
 static void llm__gguf_vocab(llm__env *env, const llm__checkpoint *ck, llm__vocab_source *v) {
+    v->room_before = true; /* their lengths */
     v->pieces_name = "tokenizer.ggml.tokens";
     v->scores_name = "tokenizer.ggml.scores";
     v->types_name = "tokenizer.ggml.token_type";
@@ -12685,7 +12863,8 @@ static void llm__gguf_vocab(llm__env *env, const llm__checkpoint *ck, llm__vocab
         v->strip_prefix = llm__gguf_bool(env, ck, "tokenizer.ggml.add_space_prefix", true);
         v->prefix = v->strip_prefix ? LLM__PREFIX_STRETCH : LLM__NO_PREFIX;
     } else {
-        v->merges = llm__gguf_merges(env, ck, &v->n_merges);
+        v->merge_lines = llm__gguf_first_string(env, ck, v->merges_name, &v->n_merges);
+        if (!v->merge_lines) llm__fail(env, LLM_ERROR_FORMAT, "metadata %s is missing", v->merges_name);
         llm__pre_use(env, v, llm__gguf_str(env, ck, "tokenizer.ggml.pre"));
     }
     v->add_bos = llm__gguf_bool(env, ck, "tokenizer.ggml.add_bos_token", v->sentencepiece || v->ignore_merges);

@@ -1013,6 +1013,104 @@ static void test_words(void **state) {
     assert_all_returned(&h);
 }
 
+/* ---- Merging ---- */
+
+static uint32_t next_random(uint32_t *seed) {
+    *seed = *seed * 1103515245u + 12345u;
+    return *seed >> 16;
+}
+
+enum { N_RANDOM_PIECES = 40, MOST_MERGED = 700 };
+
+/* A vocabulary of the letters a, b and c and of random pieces, each made of two others. With scores, of which some are
+   equal, every way to cut a piece into two is a merge. */
+static llm_tokenizer *random_vocabulary(uint32_t *seed, bool scored) {
+    static char pieces[N_RANDOM_PIECES][24];
+    static const char *pointers[N_RANDOM_PIECES], *merges[2 * N_RANDOM_PIECES];
+    static float scores[N_RANDOM_PIECES];
+    vocabulary v;
+    memset(&v, 0, sizeof v);
+    for (v.n = 0; v.n < 3; v.n++) snprintf(pieces[v.n], sizeof *pieces, "%c", 'a' + v.n);
+    for (int tries = 0; v.n < N_RANDOM_PIECES && tries < 1000; tries++) {
+        const int left = (int)(next_random(seed) % (uint32_t)v.n), right = (int)(next_random(seed) % (uint32_t)v.n);
+        const size_t n_left = strlen(pieces[left]), n_right = strlen(pieces[right]);
+        if (n_left + n_right >= sizeof *pieces) continue;
+        memcpy(pieces[v.n], pieces[left], n_left);
+        memcpy(pieces[v.n] + n_left, pieces[right], n_right + 1);
+        bool is_new = true;
+        for (int i = 0; i < v.n && is_new; i++) is_new = strcmp(pieces[i], pieces[v.n]) != 0;
+        if (!is_new) continue;
+        merges[2 * v.n_merges] = pieces[left];
+        merges[2 * v.n_merges++ + 1] = pieces[right];
+        v.n++;
+    }
+    for (int i = 0; i < v.n; i++) {
+        pointers[i] = pieces[i];
+        scores[i] = -(float)(next_random(seed) % 20);
+    }
+    v.pieces = pointers;
+    v.merges = merges;
+    v.scores = scored ? scores : NULL;
+    v.sentencepiece = scored;
+    v.bos = v.eos = v.unk = LLM__NONE;
+    return build(&v);
+}
+
+/* The definition: the leftmost pair of the lowest rank merges, again and again. */
+static size_t merge_plainly(const llm_tokenizer *t, llm_token *ids, size_t n) {
+    for (;;) {
+        llm__bpe_merge_to best = {LLM__NONE, LLM__NO_RANK};
+        size_t at = 0;
+        for (size_t i = 0; i + 1 < n; i++) {
+            const llm__bpe_merge_to to = llm__bpe_find_pair(t, ids[i], ids[i + 1]);
+            if (to.rank >= best.rank) continue;
+            best = to;
+            at = i;
+        }
+        if (best.rank == LLM__NO_RANK) return n;
+        ids[at] = best.merged;
+        memmove(ids + at + 1, ids + at + 2, (--n - at - 1) * sizeof *ids);
+    }
+}
+
+typedef struct merging {
+    const llm_tokenizer *t;
+    llm_token *ids;
+    size_t n;
+} merging;
+
+static void merge_body(llm__env *env, void *arg) {
+    merging *m = (merging *)arg;
+    m->n = llm__bpe_merge(env, m->t, m->ids, m->n);
+}
+
+/* Words of all lengths, of which most repeat a few letters, have the tokens that the definition gives. */
+static void test_merging(void **state) {
+    (void)state;
+    uint32_t seed = 3;
+    for (int i = 0; i < 60; i++) {
+        llm_tokenizer *t = random_vocabulary(&seed, i % 2);
+        for (int k = 0; k < 40; k++) {
+            llm_token ids[MOST_MERGED], expected[MOST_MERGED];
+            llm__pool pool;
+            llm_error err;
+            merging m = {t, ids, 1 + next_random(&seed) % MOST_MERGED};
+            const size_t period = 1 + next_random(&seed) % 9, noise = 1 + next_random(&seed) % 300;
+            for (size_t j = 0; j < m.n; j++) {
+                const bool copy = j >= period && next_random(&seed) % noise;
+                ids[j] = copy ? ids[j - period] : (llm_token)(next_random(&seed) % 3);
+            }
+            memcpy(expected, ids, sizeof ids);
+            const size_t n = merge_plainly(t, expected, m.n);
+            assert_int_equal(guarded(&pool, NULL, merge_body, &m, &err), LLM_OK);
+            llm__pool_free(&pool);
+            assert_int_equal(m.n, n);
+            assert_memory_equal(ids, expected, n * sizeof *ids);
+        }
+        llm_tokenizer_free(t);
+    }
+}
+
 /* ---- Threads ---- */
 
 enum { N_THREADS = 8, N_SAMPLE = 4000 };
@@ -1101,6 +1199,7 @@ int main(void) {
         cmocka_unit_test(test_blocks),
         cmocka_unit_test(test_lengths),
         cmocka_unit_test(test_words),
+        cmocka_unit_test(test_merging),
         cmocka_unit_test(test_threads),
         cmocka_unit_test(test_time),
     };
