@@ -11040,8 +11040,8 @@ static void llm__enc_merge_word(llm__enc_job *job, const uint8_t *p, size_t n, b
 }
 
 /* Emits the token that equals all these bytes, if there is one and merging would produce it. */
-static bool llm__enc_whole(llm__enc_job *job, const uint8_t *p, const uint8_t *end, bool anyhow) {
-    llm_token id = llm__vocab_find(job->t, p, (size_t)(end - p));
+static bool llm__enc_whole(llm__enc_job *job, const uint8_t *p, size_t n, llm__vocab_key key, bool anyhow) {
+    llm_token id = llm__vocab_find_key(job->t, p, n, key);
     if (id == LLM__NONE || !(anyhow || llm__bpe_is_whole(job->env, job->t, id))) return false;
     llm__enc_emit(job, id);
     return true;
@@ -11221,37 +11221,53 @@ static void llm__enc_keep(const llm__enc_seen *w, const llm_token ids[LLM__KNOWN
 
 static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w, bool is_part);
 
-/* A part of a word that no merge leaves. */
-static void llm__enc_part(llm__enc_job *job, const uint8_t *p, size_t n, bool *unknown) {
-    const llm_token byte = n == 1 && !job->t->sentencepiece ? job->t->byte_tokens[*p] : LLM__NONE;
-    if (byte == LLM__NONE && !llm__enc_whole(job, p, p + n, false)) {
+static bool llm__enc_is_byte(const llm_tokenizer *t, size_t n) { return n == 1 && !t->sentencepiece; }
+
+/* A part of a word that no merge leaves. `key` is not used for bytes. */
+static void llm__enc_part(llm__enc_job *job, const uint8_t *p, size_t n, llm__vocab_key key, bool *unknown) {
+    const bool is_byte = llm__enc_is_byte(job->t, n);
+    const llm_token byte = is_byte ? job->t->byte_tokens[*p] : LLM__NONE;
+    if (byte != LLM__NONE) {
+        llm__enc_emit(job, byte);
+        *unknown = false;
+    } else if (!is_byte && llm__enc_whole(job, p, n, key, false)) {
+        *unknown = false;
+    } else {
         llm__enc_merge_word(job, p, n, unknown);
-        return;
     }
-    if (byte != LLM__NONE) llm__enc_emit(job, byte);
-    *unknown = false;
 }
 
 /* Parts are found some at a time, so that the memory they are looked up in is there by then. */
 static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
     enum { AT_ONCE = 16 };
     llm__enc_seen parts[AT_ONCE];
-    const bool known = job->known && !job->t->ignore_merges && !job->t->fuse_unk;
+    const llm__vocab_key none = {0, 0};
+    llm__vocab_key keys[AT_ONCE]; /* of parts that are looked up in the vocabulary */
+    const llm_tokenizer *t = job->t;
+    const bool known = job->known && !t->ignore_merges && !t->fuse_unk;
+    const size_t length = (size_t)(end - p);
     bool unknown = false;
-    if (job->t->ignore_merges && llm__enc_whole(job, p, end, true)) return;
-    for (const uint8_t *begin = p, *q; p < end;) {
+    if (t->ignore_merges && length <= t->longest_piece &&
+        llm__enc_whole(job, p, length, llm__vocab_key_of(p, length), true))
+        return;
+    for (const uint8_t *q; p < end;) {
         int n = 0;
         for (; p < end && n < AT_ONCE; p = q, n++) {
-            for (q = p + 1; q < end && llm__bpe_may_join(job->t, p, q, end);) q++;
+            for (q = p + 1; q < end && llm__bpe_may_join(t, p, q, end);) q++;
             parts[n].p = p;
             parts[n].n = (size_t)(q - p);
             parts[n].line = NULL;
-            if (known && llm__enc_can_see(job, p, q) && parts[n].n < (size_t)(end - begin))
+            keys[n] = none;
+            if (llm__enc_is_byte(t, parts[n].n)) continue;
+            if (known && llm__enc_can_see(job, p, q) && parts[n].n < length)
                 llm__enc_see(&parts[n], job->known, 64 - job->known_bits, p, (size_t)(q - p));
+            if (parts[n].line || parts[n].n > t->longest_piece) continue;
+            keys[n] = llm__vocab_key_of(p, parts[n].n);
+            llm__vocab_prefetch(t, keys[n]);
         }
         for (int i = 0; i < n; i++)
             if (parts[i].line) llm__enc_seen_word(job, &parts[i], true);
-            else llm__enc_part(job, parts[i].p, parts[i].n, &unknown);
+            else llm__enc_part(job, parts[i].p, parts[i].n, keys[i], &unknown);
     }
 }
 
@@ -11267,7 +11283,7 @@ static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w, bool i
         alone.capacity = LLM__KNOWN_LENGTH;
         alone.count = 0;
         alone.after_bos = false;
-        if (is_part) llm__enc_part(&alone, w->p, w->n, &unknown);
+        if (is_part) llm__enc_part(&alone, w->p, w->n, llm__vocab_key_of(w->p, w->n), &unknown);
         else llm__enc_word(&alone, w->p, w->p + w->n);
         count = (llm_token)alone.count;
     }
