@@ -11221,28 +11221,38 @@ static void llm__enc_keep(const llm__enc_seen *w, const llm_token ids[LLM__KNOWN
 
 static void llm__enc_seen_word(llm__enc_job *job, const llm__enc_seen *w, bool is_part);
 
-static bool llm__enc_is_byte(const llm_tokenizer *t, size_t n) { return n == 1 && !t->sentencepiece; }
-
-/* A part of a word that no merge leaves. `key` is not used for bytes. */
-static void llm__enc_part(llm__enc_job *job, const uint8_t *p, size_t n, llm__vocab_key key, bool *unknown) {
-    const bool is_byte = llm__enc_is_byte(job->t, n);
-    const llm_token byte = is_byte ? job->t->byte_tokens[*p] : LLM__NONE;
-    if (byte != LLM__NONE) {
-        llm__enc_emit(job, byte);
-        *unknown = false;
-    } else if (!is_byte && llm__enc_whole(job, p, n, key, false)) {
-        *unknown = false;
-    } else {
-        llm__enc_merge_word(job, p, n, unknown);
+/* The token of a byte, of two bytes, or of a character, if small tables show that merging gives one; else LLM__NONE. */
+static inline llm_token llm__enc_few_bytes(llm__enc_job *job, const uint8_t *p, size_t n) {
+    const llm_tokenizer *t = job->t;
+    if (n == 1) return t->sentencepiece ? LLM__NONE : t->byte_tokens[*p];
+    if (n == 2 && t->byte_pairs) {
+        const uint32_t left = (uint32_t)t->byte_tokens[p[0]] - (uint32_t)t->first_byte;
+        const uint32_t right = (uint32_t)t->byte_tokens[p[1]] - (uint32_t)t->first_byte;
+        return (left | right) < 256 ? t->byte_pairs[left * 256 + right].merged : LLM__NONE;
     }
+    if (n != 3 || (*p & 0xF0) != 0xE0) return LLM__NONE;
+    const llm_token id = t->char_tokens[(*p & 15u) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u)]; /* the text is UTF-8 */
+    if (id == LLM__NONE) return id;
+    const bool is_whole = __atomic_load_n(&t->whole[id], __ATOMIC_RELAXED) == LLM__WHOLE_YES;
+    return is_whole || llm__bpe_is_whole(job->env, t, id) ? id : LLM__NONE;
 }
+
+/* A part of a word that no merge leaves. */
+static void llm__enc_part(llm__enc_job *job, const uint8_t *p, size_t n, llm__vocab_key key, bool *unknown) {
+    if (llm__enc_whole(job, p, n, key, false)) *unknown = false;
+    else llm__enc_merge_word(job, p, n, unknown);
+}
+
+typedef struct llm__enc_word_part {
+    llm_token id; /* if it is known at once */
+    llm__enc_seen seen;
+    llm__vocab_key key; /* for the vocabulary if it is not looked up elsewhere */
+} llm__enc_word_part;
 
 /* Parts are found some at a time, so that the memory they are looked up in is there by then. */
 static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *end) {
     enum { AT_ONCE = 16 };
-    llm__enc_seen parts[AT_ONCE];
-    const llm__vocab_key none = {0, 0};
-    llm__vocab_key keys[AT_ONCE]; /* of parts that are looked up in the vocabulary */
+    llm__enc_word_part parts[AT_ONCE];
     const llm_tokenizer *t = job->t;
     const bool known = job->known && !t->ignore_merges && !t->fuse_unk;
     const size_t length = (size_t)(end - p);
@@ -11253,21 +11263,28 @@ static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *en
     for (const uint8_t *q; p < end;) {
         int n = 0;
         for (; p < end && n < AT_ONCE; p = q, n++) {
+            llm__enc_word_part *part = &parts[n];
             for (q = p + 1; q < end && llm__bpe_may_join(t, p, q, end);) q++;
-            parts[n].p = p;
-            parts[n].n = (size_t)(q - p);
-            parts[n].line = NULL;
-            keys[n] = none;
-            if (llm__enc_is_byte(t, parts[n].n)) continue;
-            if (known && llm__enc_can_see(job, p, q) && parts[n].n < length)
-                llm__enc_see(&parts[n], job->known, 64 - job->known_bits, p, (size_t)(q - p));
-            if (parts[n].line || parts[n].n > t->longest_piece) continue;
-            keys[n] = llm__vocab_key_of(p, parts[n].n);
-            llm__vocab_prefetch(t, keys[n]);
+            const size_t n_bytes = (size_t)(q - p);
+            part->id = llm__enc_few_bytes(job, p, n_bytes);
+            if (part->id != LLM__NONE) continue;
+            part->seen.p = p;
+            part->seen.n = n_bytes;
+            part->seen.line = NULL;
+            part->key.head = part->key.hash = 0;
+            if (known && llm__enc_can_see(job, p, q) && n_bytes < length)
+                llm__enc_see(&part->seen, job->known, 64 - job->known_bits, p, n_bytes);
+            if (part->seen.line || n_bytes > t->longest_piece) continue;
+            part->key = llm__vocab_key_of(p, n_bytes);
+            llm__vocab_prefetch(t, part->key);
         }
-        for (int i = 0; i < n; i++)
-            if (parts[i].line) llm__enc_seen_word(job, &parts[i], true);
-            else llm__enc_part(job, parts[i].p, parts[i].n, keys[i], &unknown);
+        for (int i = 0; i < n; i++) {
+            const llm__enc_word_part *part = &parts[i];
+            if (part->id != LLM__NONE) llm__enc_emit(job, part->id);
+            else if (part->seen.line) llm__enc_seen_word(job, &part->seen, true);
+            else llm__enc_part(job, part->seen.p, part->seen.n, part->key, &unknown);
+            if (part->id != LLM__NONE) unknown = false;
+        }
     }
 }
 
