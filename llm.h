@@ -10499,7 +10499,7 @@ static size_t llm__bpe_merge(llm__env *env, const llm_tokenizer *t, llm_token *i
 }
 
 /* Between characters that are not ASCII, two bytes say little. There we look at up to 3 bytes on both sides of the
-   place. A piece that crosses it has n_left bytes before it and n_right bytes behind it; 3 stands for 3 or more. */
+   place. A merge there joins a token of n_left bytes and one of n_right bytes; 3 stands for 3 or more. */
 static inline size_t llm__bpe_join_bit_of(const llm_tokenizer *t, uint32_t left, uint32_t right, int n_left,
                                           int n_right) {
     static const uint32_t masks[4] = {0, 0xFF, 0xFFFF, 0xFFFFFF};
@@ -10529,11 +10529,11 @@ static size_t llm__bpe_join_bytes(size_t slots) { return (llm__bpe_join_bits(slo
 
 static int llm__bpe_join_kind(int n_left, int n_right) { return 3 * n_left + n_right - 4; }
 
-/* [n] the kinds (bits) of pieces that have at most n bytes before the place, or after it. n = 3: any number. */
+/* [n] the kinds (bits) of merges that have at most n bytes before the place, or after it. n = 3: any number. */
 static const uint16_t llm__bpe_few_left[4] = {0, 0x007, 0x03F, 0x1FF}, llm__bpe_few_right[4] = {0, 0x049, 0x0DB, 0x1FF};
 
-/* Returns whether a piece of one of these kinds has bytes on both sides of p, where two characters that are not ASCII
-   meet. The word is from `begin` to `end`. */
+/* Returns whether a merge of one of these kinds joins two tokens at p, where two characters that are not ASCII meet.
+   The word is from `begin` to `end`. */
 static bool llm__bpe_joins(const llm_tokenizer *t, const uint8_t *begin, const uint8_t *p, const uint8_t *end,
                            unsigned kinds) {
     const size_t n_left = (size_t)(p - begin), n_right = (size_t)(end - p);
@@ -10541,7 +10541,7 @@ static bool llm__bpe_joins(const llm_tokenizer *t, const uint8_t *begin, const u
     kinds &= llm__bpe_few_left[n_left < 3 ? n_left : 3] & llm__bpe_few_right[n_right < 3 ? n_right : 3];
     if (!kinds) return false;
     const uint32_t left = llm__bpe_left_bytes(p, n_left), right = llm__bpe_right_bytes(p, n_right);
-    while (kinds) { /* long pieces first: there are more */
+    while (kinds) { /* long tokens first: there are more */
         const int kind = 31 - __builtin_clz(kinds);
         const size_t bit = llm__bpe_join_bit_of(t, left, right, kind / 3 + 1, kind % 3 + 1);
         if (t->char_joins[bit / 8] >> bit % 8 & 1) return true;
@@ -10616,7 +10616,7 @@ static bool llm__ascii_all(const uint8_t *p, size_t n) {
 }
 
 /* The tokens that merging a part of a word may start from, with the same result as from llm__bpe_first_tokens. A
-   character is one token, not its bytes, if no piece joins a part of it with what is around it. Then its bytes can
+   character is one token, not its bytes, if no merge joins a part of it with what is around it. Then its bytes can
    only become that token, and they do so before it merges, as its merges have higher ranks. */
 static size_t llm__bpe_char_tokens(llm__env *env, const llm_tokenizer *t, const uint8_t *p, size_t n, llm_token *ids) {
     const uint8_t *const begin = p, *const end = p + n, *next;
@@ -10625,7 +10625,7 @@ static size_t llm__bpe_char_tokens(llm__env *env, const llm_tokenizer *t, const 
     if (t->sentencepiece || !t->ranks_grow || llm__ascii_all(p, n)) return llm__bpe_first_tokens(t, p, n, ids);
     for (size_t i = 0; i < n; i++) complete = complete && t->byte_tokens[p[i]] != LLM__NONE;
     if (!complete) return llm__bpe_first_tokens(t, p, n, ids);
-    /* free_left, free_right: no piece joins a part of the character with what is before it, or behind it. */
+    /* free_left, free_right: no merge joins a part of the character with what is before it, or behind it. */
     for (bool free_left = true; p < end; p = next) {
         const int length = *p < 0xC0 ? 1 : llm__utf8_bytes_from(*p);
         const bool whole = length <= end - p;
@@ -11233,7 +11233,7 @@ static inline llm_token llm__enc_few_bytes(llm__enc_job *job, const uint8_t *p, 
     if (n != 3 || (*p & 0xF0) != 0xE0) return LLM__NONE;
     const llm_token id = t->char_tokens[(*p & 15u) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u)]; /* the text is UTF-8 */
     if (id == LLM__NONE) return id;
-    const bool is_whole = __atomic_load_n(&t->whole[id], __ATOMIC_RELAXED) == LLM__WHOLE_YES;
+    const bool is_whole = __atomic_load_n(&t->whole[id], __ATOMIC_RELAXED) == LLM__WHOLE_YES; /* mostly */
     return is_whole || llm__bpe_is_whole(job->env, t, id) ? id : LLM__NONE;
 }
 
@@ -12335,6 +12335,28 @@ static void llm__bpe_find_merge(llm__env *env, const llm_tokenizer *t, const llm
     __builtin_prefetch(&t->pair_filter[llm__bpe_pair_bit(t, h) / 8], 1);
 }
 
+/* True if each byte of UTF-8 has a token, so that no character is unknown. */
+static bool llm__vocab_is_complete(const llm_tokenizer *t) {
+    bool complete = true;
+    for (int i = 0; i < 0xF5; i++) complete = complete && (t->byte_tokens[i] != LLM__NONE || i == 0xC0 || i == 0xC1);
+    return complete;
+}
+
+/* True if merging makes the unknown token, as it may in a hostile vocabulary. Then a run of it need not be a run of
+   unknown characters. */
+static bool llm__bpe_makes_unk(llm__env *env, const llm_tokenizer *t, const llm__vocab_work *work) {
+    return t->unk != LLM__NONE && work->in_words[t->unk] && llm__bpe_is_whole(env, t, t->unk);
+}
+
+/* A character without a token is dropped, and then its neighbours may merge, or it becomes the unknown token, which a
+   hostile vocabulary merges. The bytes of a text do not show such merges, so nothing is cut. */
+static void llm__bpe_join_strangers(llm_tokenizer *t, const uint8_t *used) {
+    if (llm__vocab_is_complete(t) || (t->unk != LLM__NONE && !used[t->unk])) return;
+    memset(t->joined, 0xFF, sizeof t->joined);
+    memset(t->join_kinds, 0xFF, sizeof t->join_kinds);
+    memset(t->char_joins, 0xFF, llm__bpe_join_bytes(t->piece_mask + 1));
+}
+
 static void llm__bpe_build_merges(llm__env *env, llm_tokenizer *t, const llm__vocab_source *v,
                                   const llm__vocab_work *work) {
     llm__bpe_merge_bytes batch[LLM__BUILD_AHEAD];
@@ -12360,6 +12382,7 @@ static void llm__bpe_build_merges(llm__env *env, llm_tokenizer *t, const llm__vo
             if (used[batch[i].merged]) t->ranks_grow = false;
         }
     }
+    llm__bpe_join_strangers(t, used);
     llm__free(env->pool, used);
     t->n_ranks = (uint32_t)v->n_merges;
     for (size_t i = 0; i < LLM__BUILD_AHEAD; i++) llm__free(env->pool, batch[i].own);
@@ -12423,6 +12446,7 @@ static void llm__bpe_build_scored(llm__env *env, llm_tokenizer *t, const llm__vo
         }
     }
     t->n_ranks++;
+    llm__bpe_join_strangers(t, used);
     llm__free(env->pool, used);
     llm__free(env->pool, order);
 }
@@ -12575,7 +12599,6 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     t->host = env->pool->host;
     t->sentencepiece = v->sentencepiece;
     t->ignore_merges = v->ignore_merges;
-    t->fuse_unk = v->fuse_unk;
     t->prefix = v->prefix;
     t->strip_prefix = v->strip_prefix;
     t->n_vocab = (int)v->n_pieces;
@@ -12597,6 +12620,7 @@ static llm_tokenizer *llm__tokenizer_build(llm__env *env, const llm__vocab_sourc
     llm__bpe_begin_byte_pairs(env, t);
     if (v->scores) llm__bpe_build_scored(env, t, v);
     else llm__bpe_build_merges(env, t, v, &work);
+    t->fuse_unk = v->fuse_unk && !llm__vocab_is_complete(t) && !llm__bpe_makes_unk(env, t, &work);
     llm__free(env->pool, work.in_words);
     llm__bpe_find_cuts(t);
     llm__special_build(env, t, v, &work, &t->raw, false);

@@ -186,6 +186,39 @@ static void test_no_byte_tokens(void **state) {
     llm_tokenizer_free(t);
 }
 
+/* A character without a token is dropped if there is no unknown token. Its neighbours may then merge, as in Hugging
+   Face's tokenizers, though no merge has a part of it. An unknown token that merges is not cut off either. */
+static void test_dropped(void **state) {
+    static const char *const pieces[] = {"a", "c", "ac", "u", "au"}, *const merges[] = {"a", "c", "a", "u"};
+    static const float scores[] = {-9, -9, -1, -9, -2};
+    static const int32_t types[] = {1, 1, 1, 1, 1};
+    (void)state;
+    for (int kind = 0; kind < 3; kind++) { /* byte-level; SentencePiece with merges and with scores */
+        vocabulary v;
+        memset(&v, 0, sizeof v);
+        v.n = 5;
+        v.n_merges = 2;
+        v.pieces = pieces;
+        v.merges = merges;
+        v.types = types;
+        v.sentencepiece = kind > 0;
+        v.scores = kind == 2 ? scores : NULL;
+        v.bos = v.eos = v.unk = LLM__NONE;
+        llm_tokenizer *t = build(&v);
+        check_ids(t, "axc", 0, "2");
+        check_ids(t,
+                  "a\xC3\xA9\xE4\xB8\xAD"
+                  "c",
+                  0, "2");
+        check_ids(t, "caxxca", 0, "1 2 0");
+        llm_tokenizer_free(t);
+        v.unk = 3;
+        t = build(&v);
+        check_ids(t, "axc", 0, "4 1");
+        llm_tokenizer_free(t);
+    }
+}
+
 static void test_byte_level(void **state) {
     (void)state;
     static const char *const pieces[] = {"a",        "b",   "c",    "ab", "bc",           "abc",
@@ -1182,25 +1215,16 @@ static void test_time(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sentencepiece),
-        cmocka_unit_test(test_no_byte_tokens),
-        cmocka_unit_test(test_byte_level),
-        cmocka_unit_test(test_characters),
-        cmocka_unit_test(test_piece_as_written),
-        cmocka_unit_test(test_unicode),
-        cmocka_unit_test(test_golden),
-        cmocka_unit_test(test_tokens),
-        cmocka_unit_test(test_buffers),
-        cmocka_unit_test(test_invalid),
-        cmocka_unit_test(test_stream),
-        cmocka_unit_test(test_hostile),
-        cmocka_unit_test(test_hostile_gguf),
-        cmocka_unit_test(test_allocation),
-        cmocka_unit_test(test_blocks),
-        cmocka_unit_test(test_lengths),
-        cmocka_unit_test(test_words),
-        cmocka_unit_test(test_merging),
-        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_sentencepiece), cmocka_unit_test(test_no_byte_tokens),
+        cmocka_unit_test(test_dropped),       cmocka_unit_test(test_byte_level),
+        cmocka_unit_test(test_characters),    cmocka_unit_test(test_piece_as_written),
+        cmocka_unit_test(test_unicode),       cmocka_unit_test(test_golden),
+        cmocka_unit_test(test_tokens),        cmocka_unit_test(test_buffers),
+        cmocka_unit_test(test_invalid),       cmocka_unit_test(test_stream),
+        cmocka_unit_test(test_hostile),       cmocka_unit_test(test_hostile_gguf),
+        cmocka_unit_test(test_allocation),    cmocka_unit_test(test_blocks),
+        cmocka_unit_test(test_lengths),       cmocka_unit_test(test_words),
+        cmocka_unit_test(test_merging),       cmocka_unit_test(test_threads),
         cmocka_unit_test(test_time),
     };
     if (SANITIZED) cmocka_set_skip_filter("test_time");
