@@ -10157,17 +10157,27 @@ typedef struct llm__vocab_key {
     uint64_t head, hash;
 } llm__vocab_key;
 
-static inline llm__vocab_key llm__vocab_key_of(const uint8_t *p, size_t n) {
+/* The key of a text of at most 8 bytes, which are given as a number, zeros behind them. */
+static inline llm__vocab_key llm__vocab_short_key(uint64_t text, size_t n) {
     llm__vocab_key key;
-    key.hash = n <= 8 ? llm__hash_tail(n, key.head = llm__load_few(p, n)) : (key.head = llm__hash_bytes(p, n));
+    key.head = text;
+    key.hash = llm__hash_tail(n, text);
     return key;
+}
+
+static inline llm__vocab_key llm__vocab_long_key(const uint8_t *p, size_t n) {
+    llm__vocab_key key;
+    key.head = key.hash = llm__hash_bytes(p, n);
+    return key;
+}
+
+static inline llm__vocab_key llm__vocab_key_of(const uint8_t *p, size_t n) {
+    return n <= 8 ? llm__vocab_short_key(llm__load_few(p, n), n) : llm__vocab_long_key(p, n);
 }
 
 /* The same if 8 bytes can be read at p. */
 static inline llm__vocab_key llm__vocab_key_masked(const uint8_t *p, size_t n) {
-    llm__vocab_key key;
-    key.hash = n <= 8 ? llm__hash_tail(n, key.head = llm__load_masked(p, n)) : (key.head = llm__hash_bytes(p, n));
-    return key;
+    return n <= 8 ? llm__vocab_short_key(llm__load_masked(p, n), n) : llm__vocab_long_key(p, n);
 }
 
 static inline void llm__vocab_prefetch(const llm_tokenizer *t, llm__vocab_key key) {
@@ -10191,7 +10201,8 @@ static inline llm_token llm__vocab_find_key(const llm_tokenizer *t, const uint8_
 }
 
 static llm_token llm__vocab_find(const llm_tokenizer *t, const uint8_t *p, size_t n) {
-    return n <= t->longest_piece ? llm__vocab_find_key(t, p, n, llm__vocab_key_of(p, n)) : LLM__NONE;
+    if (n > t->longest_piece) return LLM__NONE; /* a megabyte need not be hashed */
+    return llm__vocab_find_key(t, p, n, llm__vocab_key_of(p, n));
 }
 
 static uint64_t llm__bpe_pair_hash(llm_token left, llm_token right) {
@@ -10282,7 +10293,8 @@ static size_t llm__bpe_merge_lowest(const llm_tokenizer *t, llm__bpe_recent *rec
             ids[j] = merged;
             ++*n_merged;
             if (j) ranks[j - 1] = llm__bpe_find_recent(t, ids[j - 1], merged, recent).rank;
-            /* Where the same two tokens come again and again, as in a run of one letter, nothing else can happen. */
+            /* The same two tokens may follow again and again, as in a run of one letter. They merge one after the other
+               unless a token that they make allows a merge of this rank or a lower one. */
             if (i + 1 < n && ids[i] == left && ids[i + 1] == right && (!j || ranks[j - 1] > rank)) {
                 const uint32_t next = llm__bpe_find_recent(t, merged, merged, recent).rank;
                 const bool goes_on = next > rank && llm__bpe_find_recent(t, merged, left, recent).rank > rank;
@@ -10349,7 +10361,7 @@ static size_t llm__bpe_merge_by_heap(llm__env *env, const llm_tokenizer *t, llm_
         uint32_t place = (uint32_t)top, right = links[place].next, previous = links[place].previous;
         if (ranks[place] != top >> 32) continue;
         uint32_t next = links[right].next;
-        ids[place] = llm__bpe_find_pair(t, ids[place], ids[right]).merged;
+        ids[place] = llm__bpe_find_recent(t, ids[place], ids[right], recent).merged;
         ranks[right] = LLM__NO_RANK; /* it has become part of the token at `place` */
         links[place].next = next;
         if (next != LLM__NO_PLACE) links[next].previous = place;
@@ -10529,11 +10541,11 @@ static size_t llm__bpe_join_bytes(size_t slots) { return (llm__bpe_join_bits(slo
 
 static int llm__bpe_join_kind(int n_left, int n_right) { return 3 * n_left + n_right - 4; }
 
-/* [n] the kinds (bits) of merges that have at most n bytes before the place, or after it. n = 3: any number. */
+/* [n] the kinds (bits) of merges whose left token, or whose right token, has at most n bytes. n = 3: any number. */
 static const uint16_t llm__bpe_few_left[4] = {0, 0x007, 0x03F, 0x1FF}, llm__bpe_few_right[4] = {0, 0x049, 0x0DB, 0x1FF};
 
-/* Returns whether a merge of one of these kinds joins two tokens at p, where two characters that are not ASCII meet.
-   The word is from `begin` to `end`. */
+/* True if the vocabulary has a merge of one of these kinds that can join two tokens at p. One character ends at p and
+   the next begins there, and neither is ASCII. The word is from `begin` to `end`. */
 static bool llm__bpe_joins(const llm_tokenizer *t, const uint8_t *begin, const uint8_t *p, const uint8_t *end,
                            unsigned kinds) {
     const size_t n_left = (size_t)(p - begin), n_right = (size_t)(end - p);
@@ -10592,20 +10604,23 @@ typedef enum llm__bpe_whole {
     LLM__WHOLE_YES /* the piece    */
 } llm__bpe_whole;
 
-/* True if merging the bytes of a piece gives the piece. Finding this out for all pieces would double the time that
-   loading takes, so it is found out for each piece that a text needs. Several threads may do so at a time: they
-   store the same value. */
-static bool llm__bpe_is_whole(llm__env *env, const llm_tokenizer *t, llm_token id) {
-    uint8_t whole = __atomic_load_n(&t->whole[id], __ATOMIC_RELAXED);
-    if (whole != LLM__WHOLE_UNKNOWN) return whole == LLM__WHOLE_YES;
+static bool llm__bpe_find_whole(llm__env *env, const llm_tokenizer *t, llm_token id) {
     llm_token medium[LLM__MEDIUM_WORD], *ids = medium;
     llm__str piece = llm__vocab_piece(t, id);
     if (piece.n > LLM__MEDIUM_WORD) ids = (llm_token *)llm__alloc(env, piece.n, sizeof *ids);
     size_t n = llm__bpe_merge(env, t, ids, llm__bpe_first_tokens(t, (const uint8_t *)piece.at, piece.n, ids));
-    whole = n == 1 && ids[0] == id ? LLM__WHOLE_YES : LLM__WHOLE_NO;
+    const bool whole = n == 1 && ids[0] == id;
     if (ids != medium) llm__free(env->pool, ids);
-    __atomic_store_n(&t->whole[id], whole, __ATOMIC_RELAXED);
-    return whole == LLM__WHOLE_YES;
+    __atomic_store_n(&t->whole[id], (uint8_t)(whole ? LLM__WHOLE_YES : LLM__WHOLE_NO), __ATOMIC_RELAXED);
+    return whole;
+}
+
+/* True if merging the bytes of a piece gives the piece. Finding this out for all pieces would double the time that
+   loading takes, so it is found out for each piece that a text needs. Several threads may do so at a time: they
+   store the same value. */
+static inline bool llm__bpe_is_whole(llm__env *env, const llm_tokenizer *t, llm_token id) {
+    const uint8_t whole = __atomic_load_n(&t->whole[id], __ATOMIC_RELAXED);
+    return whole == LLM__WHOLE_UNKNOWN ? llm__bpe_find_whole(env, t, id) : whole == LLM__WHOLE_YES;
 }
 
 static bool llm__ascii_all(const uint8_t *p, size_t n) {
@@ -11232,9 +11247,7 @@ static inline llm_token llm__enc_few_bytes(llm__enc_job *job, const uint8_t *p, 
     }
     if (n != 3 || (*p & 0xF0) != 0xE0) return LLM__NONE;
     const llm_token id = t->char_tokens[(*p & 15u) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u)]; /* the text is UTF-8 */
-    if (id == LLM__NONE) return id;
-    const bool is_whole = __atomic_load_n(&t->whole[id], __ATOMIC_RELAXED) == LLM__WHOLE_YES; /* mostly */
-    return is_whole || llm__bpe_is_whole(job->env, t, id) ? id : LLM__NONE;
+    return id != LLM__NONE && llm__bpe_is_whole(job->env, t, id) ? id : LLM__NONE;
 }
 
 /* A part of a word that no merge leaves. */
@@ -11244,9 +11257,9 @@ static void llm__enc_part(llm__enc_job *job, const uint8_t *p, size_t n, llm__vo
 }
 
 typedef struct llm__enc_word_part {
-    llm_token id; /* if it is known at once */
-    llm__enc_seen seen;
-    llm__vocab_key key; /* for the vocabulary if it is not looked up elsewhere */
+    llm_token id;       /* LLM__NONE: the part must be looked up                      */
+    llm__enc_seen seen; /* where words are remembered, if seen.line is not NULL,      */
+    llm__vocab_key key; /* or in the vocabulary, if it is no longer than all pieces   */
 } llm__enc_word_part;
 
 /* Parts are found some at a time, so that the memory they are looked up in is there by then. */
@@ -11280,10 +11293,14 @@ static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *en
         }
         for (int i = 0; i < n; i++) {
             const llm__enc_word_part *part = &parts[i];
-            if (part->id != LLM__NONE) llm__enc_emit(job, part->id);
-            else if (part->seen.line) llm__enc_seen_word(job, &part->seen, true);
-            else llm__enc_part(job, part->seen.p, part->seen.n, part->key, &unknown);
-            if (part->id != LLM__NONE) unknown = false;
+            if (part->id != LLM__NONE) {
+                llm__enc_emit(job, part->id);
+                unknown = false;
+            } else if (part->seen.line) {
+                llm__enc_seen_word(job, &part->seen, true);
+            } else {
+                llm__enc_part(job, part->seen.p, part->seen.n, part->key, &unknown);
+            }
         }
     }
 }
@@ -11350,7 +11367,7 @@ static void llm__enc_add_gap(llm__enc_job *job, llm__enc_batch *batch, const llm
     for (int i = 0; i < batch->n_gaps; i++) /* the same word again will be known by then */
         if (batch->gaps[i].word.line == w->line && !llm__enc_differs(batch->gaps[i].word.key, w->key))
             g->short_ascii = false;
-    g->key = llm__vocab_key_of(w->p, w->n);
+    g->key = w->n <= 8 ? llm__vocab_short_key(w->key[0], w->n) : llm__vocab_long_key(w->p, w->n);
     llm__vocab_prefetch(job->t, g->key);
     batch->n_gaps++;
 }
@@ -11944,8 +11961,8 @@ static bool llm__vocab_unmap_bytes(const llm__vocab_work *work, llm__str s, uint
     return true;
 }
 
-/* Reads n <= 8 bytes of a text, and zeros. If there is room before it, this has no branches, of which many would be
-   predicted wrongly. */
+/* Reads n <= 8 bytes of a text, and zeros. If the 8 bytes up to its end can be read, the length makes no branch, which
+   the processor would often predict wrongly. */
 static inline uint64_t llm__vocab_load(const llm__vocab_source *v, const uint8_t *p, size_t n) {
     if (!v->room_before) return llm__load_few(p, n);
     return llm__bytes_u64(p + n - 8) >> (32 - 4 * n) >> (32 - 4 * n);
@@ -12103,8 +12120,7 @@ static void llm__vocab_find_ascii(llm_tokenizer *t) {
     }
 }
 
-static void llm__vocab_add_special(llm__env *env, llm__vocab_work *work, llm_token id, int type) {
-    if (type != LLM__TYPE_USER_DEFINED && type != LLM__TYPE_CONTROL && type != LLM__TYPE_UNKNOWN) return;
+static void llm__vocab_add_special(llm__env *env, llm__vocab_work *work, llm_token id) {
     work->specials = (llm_token *)llm__alloc_grow(env, work->specials, work->n_specials, &work->special_room,
                                                   sizeof *work->specials);
     work->specials[work->n_specials++] = id;
@@ -12118,7 +12134,8 @@ static void llm__vocab_build_pieces(llm__env *env, llm_tokenizer *t, const llm__
         const size_t n = v->pieces[i].n;
         const int type = llm__vocab_source_type(env, v, i);
         t->flags[i] = (uint16_t)(type | (v->traits ? v->traits[i] : 0));
-        if (type != LLM__TYPE_NORMAL) llm__vocab_add_special(env, work, (llm_token)i, type);
+        if (type == LLM__TYPE_USER_DEFINED || type == LLM__TYPE_CONTROL || type == LLM__TYPE_UNKNOWN)
+            llm__vocab_add_special(env, work, (llm_token)i);
         if (n > LLM__MAX_PIECE || (!n && llm__vocab_type_of(t, (llm_token)i) != LLM__TYPE_UNUSED))
             llm__vocab_check_piece(env, v->pieces_name, i, v->pieces[i], LLM__MAX_PIECE); /* fails */
         total += n;
@@ -12195,8 +12212,9 @@ static void llm__bpe_build_byte_pairs(llm__env *env, llm_tokenizer *t) {
     t->byte_pairs = table;
 }
 
-/* Notes that a merge joins two tokens at p, of which n_left and n_right bytes lie on both sides of p. Every piece that
-   merging makes and that goes on across a place holds one that was joined there, so texts can be cut elsewhere. */
+/* Notes that a merge joins a token of n_left bytes, which ends at p, and one of n_right bytes, which begins there. A
+   token only ever has bytes on both sides of a place because a merge joined two tokens at that place. So a word can be
+   cut wherever no merge can join tokens. */
 static void llm__bpe_add_joint(llm_tokenizer *t, const uint8_t *p, size_t n_left, size_t n_right) {
     t->joined[p[-1]][*p / 8] |= (uint8_t)(1 << *p % 8);
     if (!llm__bpe_between_characters(p)) return;
@@ -12283,8 +12301,8 @@ static bool llm__bpe_makes(const llm_tokenizer *t, const llm__vocab_source *v, c
            llm__vocab_equal(v, (const uint8_t *)whole.at + left.n, r, right.n);
 }
 
-/* Finds the bytes of a merge in m->text, and the token that it makes. `next`: the token after that of the merge before
-   it. */
+/* Finds the bytes of the merge whose text is m->text, and the token that it makes. The merge before it made the token
+   next - 1. Most merges make `next`; some vocabularies list several merges in a row that make the same token. */
 static void llm__bpe_read_merge(llm__env *env, const llm_tokenizer *t, const llm__vocab_source *v,
                                 const llm__vocab_work *work, size_t i, llm_token next, llm__bpe_merge_bytes *m) {
     const llm__bpe_merge_text *text = &m->text;
@@ -12348,9 +12366,9 @@ static bool llm__bpe_makes_unk(llm__env *env, const llm_tokenizer *t, const llm_
     return t->unk != LLM__NONE && work->in_words[t->unk] && llm__bpe_is_whole(env, t, t->unk);
 }
 
-/* A character without a token is dropped, and then its neighbours may merge, or it becomes the unknown token, which a
-   hostile vocabulary merges. The bytes of a text do not show such merges, so nothing is cut. */
-static void llm__bpe_join_strangers(llm_tokenizer *t, const uint8_t *used) {
+/* A character without a token is dropped, and then its neighbours may merge. Or it becomes the unknown token, which may
+   merge, too, in a hostile vocabulary. The bytes of a text do not show such merges, so no word may be cut. */
+static void llm__bpe_forbid_cuts(llm_tokenizer *t, const uint8_t *used) {
     if (llm__vocab_is_complete(t) || (t->unk != LLM__NONE && !used[t->unk])) return;
     memset(t->joined, 0xFF, sizeof t->joined);
     memset(t->join_kinds, 0xFF, sizeof t->join_kinds);
@@ -12382,7 +12400,7 @@ static void llm__bpe_build_merges(llm__env *env, llm_tokenizer *t, const llm__vo
             if (used[batch[i].merged]) t->ranks_grow = false;
         }
     }
-    llm__bpe_join_strangers(t, used);
+    llm__bpe_forbid_cuts(t, used);
     llm__free(env->pool, used);
     t->n_ranks = (uint32_t)v->n_merges;
     for (size_t i = 0; i < LLM__BUILD_AHEAD; i++) llm__free(env->pool, batch[i].own);
@@ -12446,7 +12464,7 @@ static void llm__bpe_build_scored(llm__env *env, llm_tokenizer *t, const llm__vo
         }
     }
     t->n_ranks++;
-    llm__bpe_join_strangers(t, used);
+    llm__bpe_forbid_cuts(t, used);
     llm__free(env->pool, used);
     llm__free(env->pool, order);
 }
@@ -15593,17 +15611,16 @@ static llm__pack_place llm__pack_find(llm__weight_type kind, uint8_t *tile, size
 }
 
 /* These functions pack a group of N rows at once, where N is 16 or 1. So compilers turn their loops into vectors. */
-#define LLM__PACK_INLINE static inline __attribute__((always_inline))
 
 /* Swaps the bits of x that `mask` selects with those `distance` above them. */
-LLM__PACK_INLINE uint32_t llm__pack_swap_bits(uint32_t x, int distance, uint32_t mask) {
+LLM__ALWAYS_INLINE uint32_t llm__pack_swap_bits(uint32_t x, int distance, uint32_t mask) {
     uint32_t differ = (x ^ x >> distance) & mask;
     return x ^ differ ^ differ << distance;
 }
 
 /* Bit 4 j + i becomes bit 8 i + j, for j = 0 to 7 and i = 0 to 3: from the order of fifth bits in a file to that in a
    tile. Each step swaps two of the five bits of every bit's number: 4 and 1, 3 and 0, 2 and 1, 1 and 0. */
-LLM__PACK_INLINE uint32_t llm__pack_turn_bits(uint32_t bits) {
+LLM__ALWAYS_INLINE uint32_t llm__pack_turn_bits(uint32_t bits) {
     bits = llm__pack_swap_bits(bits, 14, 0x0000CCCC);
     bits = llm__pack_swap_bits(bits, 7, 0x00AA00AA);
     bits = llm__pack_swap_bits(bits, 2, 0x0C0C0C0C);
@@ -15612,8 +15629,8 @@ LLM__PACK_INLINE uint32_t llm__pack_turn_bits(uint32_t bits) {
 
 /* Loads n words of each row, from byte `at` of its block on. Compilers generate slow code for 16 rows, so where they
    have vectors, four words of four rows are transposed at a time. */
-LLM__PACK_INLINE void llm__pack_load(const int N, const uint8_t *const *block, size_t at, const int n,
-                                     uint32_t (*words)[16]) {
+LLM__ALWAYS_INLINE void llm__pack_load(const int N, const uint8_t *const *block, size_t at, const int n,
+                                       uint32_t (*words)[16]) {
 #if (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)) && !defined(LLM_NO_SIMD)
     typedef uint32_t four __attribute__((vector_size(16)));
     for (int r = 0; r < N && N == 16 && n % 4 == 0; r += 4)
@@ -15642,13 +15659,14 @@ LLM__PACK_INLINE void llm__pack_load(const int N, const uint8_t *const *block, s
 }
 
 /* Stores n words of each row in a tile, where word j of all 16 rows is one line. */
-LLM__PACK_INLINE void llm__pack_store(const int N, uint32_t (*words)[16], const int n, uint8_t *to) {
+LLM__ALWAYS_INLINE void llm__pack_store(const int N, uint32_t (*words)[16], const int n, uint8_t *to) {
     for (int j = 0; j < n; j++) memcpy(to + 64 * j, words[j], 4 * (size_t)N);
 }
 
 /* The numbers of group i of a K block. In a file, a group of 32 has its bits in 8 words, at the same position of each
    byte. In a tile, one word holds the low four bits of words j and j + 4. */
-LLM__PACK_INLINE void llm__pack_read_k_numbers(const int N, int type, const uint8_t *const *block, int i, uint8_t *to) {
+LLM__ALWAYS_INLINE void llm__pack_read_k_numbers(const int N, int type, const uint8_t *const *block, int i,
+                                                 uint8_t *to) {
     uint32_t low[8][16], high[8][16], above[2][16];
     bool two_bits = type == LLM__Q2_K || type == LLM__Q3_K;
     uint32_t mask = two_bits ? 0x33333333 : 0xFFFFFFFF;
@@ -15685,8 +15703,8 @@ LLM__PACK_INLINE void llm__pack_read_k_numbers(const int N, int type, const uint
 }
 
 /* The scales of group i of a K block. Q3_K's d * (scale - 32) * (q - 4) is d * s * q - d * 4 * s. */
-LLM__PACK_INLINE void llm__pack_read_k_scales(const int N, int type, const uint8_t *const *block, int i,
-                                              llm__pack_place to) {
+LLM__ALWAYS_INLINE void llm__pack_read_k_scales(const int N, int type, const uint8_t *const *block, int i,
+                                                llm__pack_place to) {
     int8_t numbers[4][16]; /* as in the tile */
     uint16_t d[2][16];
     const bool sixteen = type == LLM__Q2_K || type == LLM__Q3_K || type == LLM__Q6_K,
@@ -15727,8 +15745,8 @@ LLM__PACK_INLINE void llm__pack_read_k_scales(const int N, int type, const uint8
 }
 
 /* Packs group i of one block of each of N rows. All rows have the same type; the tile's kind keeps its numbers. */
-LLM__PACK_INLINE void llm__pack_read_rows(const int N, int type, const uint8_t *const *block, int i,
-                                          llm__pack_place to) {
+LLM__ALWAYS_INLINE void llm__pack_read_rows(const int N, int type, const uint8_t *const *block, int i,
+                                            llm__pack_place to) {
     uint32_t words[8][16], fifth[1][16];
     uint16_t scales[2][16];
     bool minimum = type == LLM__Q4_1 || type == LLM__Q5_1, five = type == LLM__Q5_0 || type == LLM__Q5_1;

@@ -121,6 +121,18 @@ static void check_text(const llm_tokenizer *tokenizer, const llm_token *ids, siz
     assert_string_equal(text, expected);
 }
 
+/* A byte-level vocabulary without special tokens. */
+static vocabulary byte_level(const char *const *pieces, int n, const char *const *merges, int n_merges) {
+    vocabulary v;
+    memset(&v, 0, sizeof v);
+    v.n = n;
+    v.n_merges = n_merges;
+    v.pieces = pieces;
+    v.merges = merges;
+    v.bos = v.eos = v.unk = LLM__NONE;
+    return v;
+}
+
 #define SPACE "\xE2\x96\x81"
 
 static const char *const spm_pieces[] = {"<unk>", "<s>", "</s>",    SPACE,    "a",      "b",      "c",  "ab",
@@ -194,16 +206,10 @@ static void test_dropped(void **state) {
     static const int32_t types[] = {1, 1, 1, 1, 1};
     (void)state;
     for (int kind = 0; kind < 3; kind++) { /* byte-level; SentencePiece with merges and with scores */
-        vocabulary v;
-        memset(&v, 0, sizeof v);
-        v.n = 5;
-        v.n_merges = 2;
-        v.pieces = pieces;
-        v.merges = merges;
+        vocabulary v = byte_level(pieces, 5, merges, 2);
         v.types = types;
         v.sentencepiece = kind > 0;
         v.scores = kind == 2 ? scores : NULL;
-        v.bos = v.eos = v.unk = LLM__NONE;
         llm_tokenizer *t = build(&v);
         check_ids(t, "axc", 0, "2");
         check_ids(t,
@@ -226,15 +232,9 @@ static void test_byte_level(void **state) {
     static const char *const merges[] = {"b", "c", "a", "b", "ab", "c", "\xC4\xA0", "a"};
     static const int32_t types[] = {1, 1, 1, 1, 1, 1, 1, 3, 4, 3, 1, 1};
     static const uint16_t traits[] = {0, 0, 0, 0, 0, 0, 0, LLM__LSTRIP, LLM__RSTRIP, 0, 0, 0};
-    vocabulary v;
-    memset(&v, 0, sizeof v);
-    v.n = 12;
-    v.n_merges = 4;
-    v.pieces = pieces;
-    v.merges = merges;
+    vocabulary v = byte_level(pieces, 12, merges, 4);
     v.types = types;
     v.traits = traits;
-    v.bos = v.eos = v.unk = -1;
     llm_tokenizer *t = build(&v);
     check_ids(t, "abc", 0, "0 4"); /* "abc" is a piece, but the merges never get there */
     check_ids(t, "ab a", 0, "3 10");
@@ -266,13 +266,7 @@ static void test_characters(void **state) {
                                               {"3 7 1", "7 1", "2 3", "4 4 4", "7 4"},
                                               {"3 2 4", "2 4", "2 3", "0 8 8 1", "2 0 4"}};
     for (int i = 0; i < 4; i++) {
-        vocabulary v;
-        memset(&v, 0, sizeof v);
-        v.n = 9;
-        v.n_merges = i < 2 ? 3 : 2;
-        v.pieces = pieces;
-        v.merges = merges[i];
-        v.bos = v.eos = v.unk = -1;
+        vocabulary v = byte_level(pieces, 9, merges[i], i < 2 ? 3 : 2);
         llm_tokenizer *t = build(&v);
         assert_int_equal(t->ranks_grow, i != 1);
         check_ids(t, "yx\xC3\xA9", 0, expected[i][0]);
@@ -339,13 +333,7 @@ static void test_piece_as_written(void **state) {
                                          "\xC3\xA6\xC4\xB9", "\xE6\x97\xA5", "\xC3\xA6\xC4\xB9\xC2\xA5"};
     static const char *const merges[] = {"\xC3\xA6", "\xC4\xB9", "\xC3\xA6\xC4\xB9", "\xC2\xA5"};
     (void)state;
-    vocabulary v;
-    memset(&v, 0, sizeof v);
-    v.n = 6;
-    v.n_merges = 2;
-    v.pieces = pieces;
-    v.merges = merges;
-    v.bos = v.eos = v.unk = -1;
+    vocabulary v = byte_level(pieces, 6, merges, 2);
     llm_tokenizer *t = build(&v);
     check_ids(t, "\xE6\x97\xA5", 0, "5");
     const llm_token ids[] = {4, 5};
@@ -618,14 +606,8 @@ static void test_hostile(void **state) {
     static const char *const pieces[] = {"a", "b", "ab", "c"}, *const merges[] = {"a", "b"};
     int32_t types[] = {1, 1, 1, 1};
     float scores[] = {0, 0, 0, 0};
-    vocabulary v, w;
-    memset(&v, 0, sizeof v);
-    v.n = 4;
-    v.n_merges = 1;
-    v.pieces = pieces;
-    v.merges = merges;
+    vocabulary v = byte_level(pieces, 4, merges, 1), w;
     v.types = types;
-    v.bos = v.eos = v.unk = -1;
     llm_tokenizer_free(build(&v));
 
     w = v;
@@ -1061,9 +1043,8 @@ static llm_tokenizer *random_vocabulary(uint32_t *seed, bool scored) {
     static char pieces[N_RANDOM_PIECES][24];
     static const char *pointers[N_RANDOM_PIECES], *merges[2 * N_RANDOM_PIECES];
     static float scores[N_RANDOM_PIECES];
-    vocabulary v;
-    memset(&v, 0, sizeof v);
-    for (v.n = 0; v.n < 3; v.n++) snprintf(pieces[v.n], sizeof *pieces, "%c", 'a' + v.n);
+    vocabulary v = byte_level(pointers, 0, merges, 0);
+    for (; v.n < 3; v.n++) snprintf(pieces[v.n], sizeof *pieces, "%c", 'a' + v.n);
     for (int tries = 0; v.n < N_RANDOM_PIECES && tries < 1000; tries++) {
         const int left = (int)(next_random(seed) % (uint32_t)v.n), right = (int)(next_random(seed) % (uint32_t)v.n);
         const size_t n_left = strlen(pieces[left]), n_right = strlen(pieces[right]);
@@ -1081,11 +1062,8 @@ static llm_tokenizer *random_vocabulary(uint32_t *seed, bool scored) {
         pointers[i] = pieces[i];
         scores[i] = -(float)(next_random(seed) % 20);
     }
-    v.pieces = pointers;
-    v.merges = merges;
     v.scores = scored ? scores : NULL;
     v.sentencepiece = scored;
-    v.bos = v.eos = v.unk = LLM__NONE;
     return build(&v);
 }
 
