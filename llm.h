@@ -10089,6 +10089,7 @@ struct llm_tokenizer {
     llm__bpe_merge_to *byte_pairs; /* [256][256] the merges of two ids from first_byte on; NULL: not used */
     uint32_t n_ranks;
     bool spaces_cut;         /* no merge crosses the front of a space after another character */
+    bool drops_bytes;        /* byte-level: bytes without a token are dropped, and then their neighbours may merge */
     uint8_t joined[256][32]; /* [byte][byte / 8] one bit per pair of bytes between which some merge joins two tokens */
     uint8_t *char_joins;     /* bits of llm__bpe_join_bit, set where a merge joins two characters */
     size_t join_mask;        /* bits - 1 */
@@ -10112,6 +10113,13 @@ static llm__str llm__vocab_piece(const llm_tokenizer *t, llm_token id) {
 }
 
 static int llm__vocab_type_of(const llm_tokenizer *t, llm_token id) { return t->flags[id] & LLM__TYPE_MASK; }
+
+/* True if each byte of UTF-8 has a token, so that no character is unknown. */
+static bool llm__vocab_is_complete(const llm_tokenizer *t) {
+    bool complete = true;
+    for (int i = 0; i < 0xF5; i++) complete = complete && (t->byte_tokens[i] != LLM__NONE || i == 0xC0 || i == 0xC1);
+    return complete;
+}
 
 /* ---- Hash tables: open addressing, at most two thirds full ---- */
 
@@ -10630,16 +10638,21 @@ static bool llm__ascii_all(const uint8_t *p, size_t n) {
     return !((bits | llm__load_few(p + i, n - i)) & 0x8080808080808080u);
 }
 
+/* True if a byte has no token. */
+static bool llm__bpe_lacks_token(const llm_tokenizer *t, const uint8_t *p, const uint8_t *end) {
+    while (p < end && t->byte_tokens[*p] != LLM__NONE) p++;
+    return p < end;
+}
+
 /* The tokens that merging a part of a word may start from, with the same result as from llm__bpe_first_tokens. A
    character is one token, not its bytes, if no merge joins a part of it with what is around it. Then its bytes can
    only become that token, and they do so before it merges, as its merges have higher ranks. */
 static size_t llm__bpe_char_tokens(llm__env *env, const llm_tokenizer *t, const uint8_t *p, size_t n, llm_token *ids) {
     const uint8_t *const begin = p, *const end = p + n, *next;
     size_t count = 0;
-    bool complete = true; /* no byte is left out, which would give others new neighbours */
-    if (t->sentencepiece || !t->ranks_grow || llm__ascii_all(p, n)) return llm__bpe_first_tokens(t, p, n, ids);
-    for (size_t i = 0; i < n; i++) complete = complete && t->byte_tokens[p[i]] != LLM__NONE;
-    if (!complete) return llm__bpe_first_tokens(t, p, n, ids);
+    /* A byte without a token would be left out and give others new neighbours. */
+    if (t->sentencepiece || !t->ranks_grow || llm__ascii_all(p, n) || llm__bpe_lacks_token(t, p, end))
+        return llm__bpe_first_tokens(t, p, n, ids);
     /* free_left, free_right: no merge joins a part of the character with what is before it, or behind it. */
     for (bool free_left = true; p < end; p = next) {
         const int length = *p < 0xC0 ? 1 : llm__utf8_bytes_from(*p);
@@ -11269,6 +11282,7 @@ static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *en
     const llm_tokenizer *t = job->t;
     const bool known = job->known && !t->ignore_merges && !t->fuse_unk;
     const size_t length = (size_t)(end - p);
+    const bool uncut = t->drops_bytes && llm__bpe_lacks_token(t, p, end);
     bool unknown = false;
     if (t->ignore_merges && length <= t->longest_piece &&
         llm__enc_whole(job, p, length, llm__vocab_key_of(p, length), true))
@@ -11277,7 +11291,7 @@ static void llm__enc_word(llm__enc_job *job, const uint8_t *p, const uint8_t *en
         int n = 0;
         for (; p < end && n < AT_ONCE; p = q, n++) {
             llm__enc_word_part *part = &parts[n];
-            for (q = p + 1; q < end && llm__bpe_may_join(t, p, q, end);) q++;
+            for (q = p + 1; q < end && (uncut || llm__bpe_may_join(t, p, q, end));) q++;
             const size_t n_bytes = (size_t)(q - p);
             part->id = llm__enc_few_bytes(job, p, n_bytes);
             if (part->id != LLM__NONE) continue;
@@ -12353,23 +12367,17 @@ static void llm__bpe_find_merge(llm__env *env, const llm_tokenizer *t, const llm
     __builtin_prefetch(&t->pair_filter[llm__bpe_pair_bit(t, h) / 8], 1);
 }
 
-/* True if each byte of UTF-8 has a token, so that no character is unknown. */
-static bool llm__vocab_is_complete(const llm_tokenizer *t) {
-    bool complete = true;
-    for (int i = 0; i < 0xF5; i++) complete = complete && (t->byte_tokens[i] != LLM__NONE || i == 0xC0 || i == 0xC1);
-    return complete;
-}
-
 /* True if merging makes the unknown token, as it may in a hostile vocabulary. Then a run of it need not be a run of
    unknown characters. */
 static bool llm__bpe_makes_unk(llm__env *env, const llm_tokenizer *t, const llm__vocab_work *work) {
     return t->unk != LLM__NONE && work->in_words[t->unk] && llm__bpe_is_whole(env, t, t->unk);
 }
 
-/* A character without a token is dropped, and then its neighbours may merge. Or it becomes the unknown token, which may
-   merge, too, in a hostile vocabulary. The bytes of a text do not show such merges, so no word may be cut. */
+/* In SentencePiece, a character without a token is dropped if there is no unknown token, and then its neighbours may
+   merge. And the unknown token itself may merge in a hostile vocabulary. The bytes of a text do not show such merges,
+   so no word may be cut. */
 static void llm__bpe_forbid_cuts(llm_tokenizer *t, const uint8_t *used) {
-    if (llm__vocab_is_complete(t) || (t->unk != LLM__NONE && !used[t->unk])) return;
+    if (llm__vocab_is_complete(t) || (t->unk == LLM__NONE ? !t->sentencepiece : !used[t->unk])) return;
     memset(t->joined, 0xFF, sizeof t->joined);
     memset(t->join_kinds, 0xFF, sizeof t->join_kinds);
     memset(t->char_joins, 0xFF, llm__bpe_join_bytes(t->piece_mask + 1));
@@ -12472,6 +12480,7 @@ static void llm__bpe_build_scored(llm__env *env, llm_tokenizer *t, const llm__vo
 /* Texts may be cut at spaces only if no rule except merging depends on both sides of the cut. Such rules are: unknown
    characters on both sides of a space become one token; a text that is a piece as a whole is not merged. */
 static void llm__bpe_find_cuts(llm_tokenizer *t) {
+    t->drops_bytes = !t->sentencepiece && t->unk == LLM__NONE && !llm__vocab_is_complete(t);
     t->spaces_cut = t->sentencepiece && !t->ignore_merges;
     for (int i = 0; i < 256; i++) {
         if (i != ' ' && t->joined[i][' ' / 8] >> ' ' % 8 & 1) t->spaces_cut = false;

@@ -983,12 +983,15 @@ static void test_lengths(void **state) {
 
 static void test_words(void **state) {
     (void)state;
+    static const uint8_t apart[] = {'z', 0xE4};
     static remembering r;
     static heap h;
     llm_host host = heap_host(&h);
     uint32_t seed = 1;
     llm_tokenizer *t = load_model_tokenizer(&host);
     assert_true(t->ranks_grow);
+    assert_true(t->drops_bytes); /* it has no tokens for a few bytes, yet other words are cut */
+    assert_false(llm__bpe_may_join(t, apart, apart + 1, apart + 2));
     for (int i = 0; i < 20; i++) {
         fill_words(r.text, N_WORDS, &seed);
         size_t n = (size_t)(llm__utf8_check((const uint8_t *)r.text, (const uint8_t *)r.text + N_WORDS) -
